@@ -1,0 +1,128 @@
+"""What megatron-core 0.16.1 assumes wrongly, corrected in one place, call by call.
+
+Each function below is one correction with its reason; `tests/device/test_corrections.py` shows the stock
+behaviour failing for each, so that a correction can be deleted when upstream is fixed. Corrections that belong
+to one module of ours (the router's loss scale, experts' gradient group) live beside that module instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+
+def without_jit() -> None:
+    """`jit_fuser` is torch.compile, which needs a C++ compiler at run time and gains nothing on a CPU.
+
+    It decorates functions while megatron-core's modules are imported, so this runs before them.
+    """
+    from megatron.core import jit
+
+    jit.disable_jit_fuser()
+
+
+def router_without_transformer_engine() -> None:
+    """moe_utils reads `te_general_gemm`, a name that only exists where Transformer Engine is installed."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def split_sizes_as_lists() -> None:
+    """`maybe_move_tensor_to_cpu` leaves CPU tensors as they are: all_to_all then gets tensors as split sizes.
+
+    On a CPU the caller's `as_numpy=True` must still give numpy, since it calls `.tolist()` later.
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def move(tensor, as_numpy: bool = False, record_stream: bool = False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = move
+    token_dispatcher.maybe_move_tensor_to_cpu = move
+
+
+def random_state_of_the_cpu() -> None:
+    """The RNG tracker forks CUDA generators; on a CPU the state that dropout draws from is torch's own.
+
+    `fork` also warns that "CPU RNG state changed within GPU RNG context", which is here its purpose.
+    """
+    from megatron.core.tensor_parallel import random
+
+    def get_state(device="cpu", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, device=-1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
+
+
+def rotary_halves_without_pinned_memory() -> None:
+    """The context-parallel RoPE helper pins its index tensor, which a CPU build of torch refuses."""
+    from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
+    from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as yarn
+
+    def halves(pos_emb: torch.Tensor, seq_dim: int, cp_group) -> torch.Tensor:
+        """Rows of this rank's two zig-zag chunks: chunk r and chunk 2*cp-1-r of 2*cp."""
+        size, rank = cp_group.size(), cp_group.rank()
+        chunks = pos_emb.chunk(2 * size, dim=seq_dim)
+        return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]), dim=seq_dim)
+
+    for module in (rope_utils, rotary_pos_embedding, yarn):
+        if hasattr(module, "get_pos_emb_on_this_cp_rank"):
+            module.get_pos_emb_on_this_cp_rank = halves
+
+
+def gather_of_uneven_pieces() -> None:
+    """gloo's all_gather refuses pieces of different sizes (expert tensor parallelism needs them): pad, then cut."""
+    from megatron.core.tensor_parallel import mappings
+
+    stock = mappings._gather_along_first_dim
+
+    def gather(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return stock(input_, group, output_split_sizes, use_global_buffer)
+        sizes = [int(size) for size in output_split_sizes]
+        longest = max(sizes)
+        padded = input_.new_zeros((longest, *input_.shape[1:]))
+        padded[: input_.shape[0]] = input_
+        gathered = input_.new_empty((longest * len(sizes), *input_.shape[1:]))
+        torch.distributed.all_gather_into_tensor(gathered, padded, group=group)
+        pieces = gathered.view(len(sizes), longest, *input_.shape[1:])
+        return torch.cat([piece[:size] for piece, size in zip(pieces, sizes)])
+
+    mappings._gather_along_first_dim = gather
+
+
+def reduce_scatter_of_uneven_pieces() -> None:
+    """gloo has no reduce_scatter of lists with different sizes: sum everywhere, keep the own piece."""
+    from megatron.core.tensor_parallel import mappings
+
+    stock = mappings._reduce_scatter_along_first_dim
+
+    def reduce_scatter(input_, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return stock(input_, group, input_split_sizes, use_global_buffer)
+        total = input_.contiguous().clone()
+        torch.distributed.all_reduce(total, group=group)
+        return torch.split(total, [int(size) for size in input_split_sizes])[group.rank()].clone()
+
+    mappings._reduce_scatter_along_first_dim = reduce_scatter
+
+
+def apply(kind: str) -> None:
+    """Correct megatron-core for `kind` = "cpu" or "cuda"; imports it. Call once, after `lift()` on a CPU."""
+    without_jit() if kind == "cpu" or os.environ.get("TORCHDYNAMO_DISABLE") == "1" else None
+    router_without_transformer_engine()
+    if kind == "cpu":
+        split_sizes_as_lists()
+        random_state_of_the_cpu()
+        rotary_halves_without_pinned_memory()
+        gather_of_uneven_pieces()
+        reduce_scatter_of_uneven_pieces()

@@ -1,0 +1,45 @@
+"""RMSNorm and LayerNorm that run without Transformer Engine or Apex and work with sequence parallelism.
+
+megatron-core's local norms refuse sequence parallelism, which a mixture of experts with tensor parallelism needs.
+The weight is replicated over tp; with sequence parallelism each tp rank sees S/tp of the tokens, so the weight
+carries `sequence_parallel=True` and megatron-core sums its gradient over tp.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_ext.device import current_device
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dim, as `config.normalization` says.
+
+    x [..., H] in any floating dtype -> the same shape and dtype; statistics are taken in fp32.
+    RMSNorm: x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019, arXiv:1910.07467).
+    With `--apply-layernorm-1p` the stored weight is w - 1, so that weight decay pulls towards the identity.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_ignored) -> None:
+        super().__init__()
+        self.eps = eps
+        self.is_rms = config.normalization == "RMSNorm"
+        self.centered_at_one = config.layernorm_zero_centered_gamma
+        placed = {"dtype": config.params_dtype, "device": current_device()}
+        fill = torch.zeros if self.centered_at_one else torch.ones
+        self.weight = nn.Parameter(fill(hidden_size, **placed))
+        self.weight.sequence_parallel = config.sequence_parallel
+        if self.is_rms:
+            self.register_parameter("bias", None)
+        else:
+            self.bias = nn.Parameter(torch.zeros(hidden_size, **placed))
+            self.bias.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight + 1 if self.centered_at_one else self.weight
+        weight = weight.to(x.dtype)
+        if self.is_rms:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)

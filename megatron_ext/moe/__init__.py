@@ -1,0 +1,1 @@
+"""Mixture of experts: `router` -> `stats` (what it did) -> megatron-core's dispatcher -> `experts`."""

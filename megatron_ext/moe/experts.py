@@ -1,0 +1,142 @@
+"""The experts of one rank as two grouped matrix products, `torch.nn.functional.grouped_mm`.
+
+Shapes: T tokens routed to this rank (sorted by expert), e experts of this rank, H hidden, F expert hidden of this
+etp rank, g = 2 for gated units (gate and up) and 1 otherwise.
+Weights are stored as fc1 [e, g, F, H] and fc2 [e, H, F]: the two leading axes are the global expert axis and the
+gate/up axis, so one checkpoint entry covers all experts whatever ep and etp are.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_ext.device import current_device
+
+
+def grouped_linear(x_TK: Tensor, weight_eNK: Tensor, offsets_e: Tensor) -> Tensor:
+    """y[t] = weight[expert of t] @ x[t] for tokens sorted by expert; offsets are the cumulated counts (int32).
+
+    x [T, K], weight [e, N, K] -> [T, N]. Experts without tokens are allowed and get a zero gradient.
+    """
+    return F.grouped_mm(x_TK, weight_eNK.transpose(1, 2), offs=offsets_e)
+
+
+def reference_grouped_linear(x_TK: Tensor, weight_eNK: Tensor, counts_e: Tensor) -> Tensor:
+    """The naive loop that `grouped_linear` must equal, gradients included."""
+    pieces = torch.split(x_TK, [int(count) for count in counts_e])
+    return torch.cat([x @ weight.t() for x, weight in zip(pieces, weight_eNK)])
+
+
+class GroupedExperts(MegatronModule):
+    """SwiGLU (or other) feed-forward experts; the routing weight is applied before fc2, as megatron-core does.
+
+    Every parameter carries `allreduce = False`: it is reduced over the expert data-parallel group whatever ep is.
+    Stock megatron-core does so only when ep > 1, which with etp < tp and ep = 1 leaves expert gradients about 100%
+    wrong while the first loss moves by 1e-5 (see `tests/moe/test_experts.py`).
+    """
+
+    def __init__(self, num_local_experts: int, config, pg_collection=None) -> None:
+        super().__init__(config=config)
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.etp_group = pg_collection.ep, pg_collection.expt_tp
+        self.edp_group = pg_collection.expt_dp
+        self.num_gates = 2 if config.gated_linear_unit else 1
+        width = config.moe_ffn_hidden_size // self.etp_group.size()
+        fc1_shape = (num_local_experts, self.num_gates, width, config.hidden_size)
+        self.fc1_weight = self._parameter(fc1_shape, split_dim=2)
+        self.fc2_weight = self._parameter((num_local_experts, config.hidden_size, width), split_dim=2)
+        config.init_method(self.fc1_weight)
+        config.output_layer_init_method(self.fc2_weight)
+        self.fc1_bias = self.fc2_bias = None
+        if config.add_bias_linear:
+            self.fc1_bias = self._parameter(fc1_shape[:3], split_dim=2)
+            self.fc2_bias = self._parameter((num_local_experts, config.hidden_size), None)
+            nn.init.zeros_(self.fc1_bias)
+            nn.init.zeros_(self.fc2_bias)
+        self.recompute_activation = (
+            config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
+        )
+
+    def _parameter(self, shape: tuple[int, ...], split_dim: int | None) -> nn.Parameter:
+        """An uninitialised expert parameter, split over etp along `split_dim` (None: every etp rank holds it)."""
+        parameter = nn.Parameter(
+            torch.empty(shape, dtype=self.config.params_dtype, device=current_device())
+        )
+        parameter.allreduce = False
+        if split_dim is not None:  # otherwise the gradient norm counts the shard of one etp rank only
+            parameter.tensor_model_parallel = True
+            parameter.partition_dim, parameter.partition_stride = split_dim, 1
+        return parameter
+
+    def _activate(self, hidden_TgF: Tensor, probs_T: Tensor) -> Tensor:
+        """[T, g, F] and the routing weights [T] -> [T, F] in the dtype of the hidden state."""
+        config = self.config
+        if config.gated_linear_unit:
+            gate, up = hidden_TgF.unbind(1)
+            if config.activation_func_clamp_value is not None:
+                limit = config.activation_func_clamp_value
+                gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            out = config.activation_func(gate) * (up + config.glu_linear_offset)
+        else:
+            out = config.activation_func(hidden_TgF.squeeze(1))
+        return (out * probs_T.unsqueeze(-1)).to(hidden_TgF.dtype)
+
+    def forward(self, x_TH: Tensor, tokens_per_expert: Tensor, probs_T: Tensor):
+        """Tokens sorted by local expert [T, H] -> ([T, H], None): partial sums over etp, no bias."""
+        if self.config.moe_apply_probs_on_input:
+            x_TH = (x_TH * probs_T.unsqueeze(-1)).to(x_TH.dtype)
+            probs_T = torch.ones_like(probs_T)
+        counts = tokens_per_expert.to(x_TH.device)
+        offsets = torch.cumsum(counts, 0, dtype=torch.int32)
+        fc1, fc2 = self.fc1_weight, self.fc2_weight
+        hidden = grouped_linear(x_TH, fc1.flatten(1, 2), offsets).unflatten(1, fc1.shape[1:3])
+        if self.fc1_bias is not None:
+            hidden = hidden + self.fc1_bias.repeat_interleave(counts, dim=0)
+        if self.recompute_activation:
+            activation = tensor_parallel.CheckpointWithoutOutput()
+            hidden = activation.checkpoint(self._activate, hidden, probs_T)
+            out = grouped_linear(hidden, fc2, offsets)
+            activation.discard_output_and_register_recompute(out)
+        else:
+            out = grouped_linear(self._activate(hidden, probs_T), fc2, offsets)
+        if self.fc2_bias is not None:
+            out = out + self._output_bias(counts, probs_T).to(out.dtype)
+        return out, None
+
+    def _output_bias(self, counts_e: Tensor, probs_T: Tensor) -> Tensor:
+        """The fc2 bias of each token times its routing weight; each etp rank adds 1/etp of it, with the full gradient."""
+        bias = self.fc2_bias
+        etp = self.etp_group.size()
+        if etp > 1:
+            bias = bias - (1 - 1 / etp) * bias.detach()
+        return bias.repeat_interleave(counts_e, dim=0) * probs_T.unsqueeze(-1)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """Global tensors fc1 [.., E, g, F, H] and fc2 [.., E, H, F]; replicas are the expert data-parallel ranks."""
+        axis = len(sharded_offsets)
+        etp = (self.etp_group.rank(), self.etp_group.size())
+        ep = (axis, self.ep_group.rank(), self.ep_group.size())
+        state = {}
+        split_axes = {"fc1_weight": 2, "fc2_weight": 2, "fc1_bias": 2, "fc2_bias": None}
+        for name, split_axis in split_axes.items():
+            if getattr(self, name) is None:
+                continue
+            split = [] if split_axis is None else [(axis + split_axis, *etp)]
+            replica = self.edp_group.rank()
+            if split_axis is None:  # every etp rank holds it
+                replica = replica * etp[1] + etp[0]
+            state[f"{prefix}{name}"] = ShardedTensor.from_rank_offsets(
+                f"{prefix}{name}",
+                getattr(self, name),
+                *sharded_offsets,
+                ep,
+                *split,
+                replica_id=(0, 0, replica),
+                prepend_axis_num=len(sharded_offsets),
+            )
+        return state
