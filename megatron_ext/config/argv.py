@@ -1,0 +1,190 @@
+"""Words -> settings: argparse for the grammar and the help, our own code for values and errors.
+
+argparse only cuts the words (`allow_abbrev=False`); values are converted here, so that every bad
+value is reported in one go and each setting remembers where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_ext.config.flags import Flag, all_flags
+from megatron_ext.config.kinds import Kind
+from megatron_ext.errors import ConfigError, Violation
+
+CONTROL: tuple[Flag, ...] = (
+    Flag(
+        "config",
+        "program",
+        Kind("str", None, None, True),
+        None,
+        "YAML file of flags; flags on the command line win.",
+        ("--config",),
+    ),
+    Flag(
+        "print_config",
+        "program",
+        Kind("str", None, ("json", "yaml"), True),
+        None,
+        "Print every value and its origin, check nothing else, exit 0.",
+        ("--print-config",),
+    ),
+    Flag(
+        "dry_run",
+        "program",
+        Kind("bool"),
+        False,
+        "Check everything, print the rank grid and the parameter counts, exit 0.",
+        ("--dry-run",),
+        ("--no-dry-run",),
+    ),
+)
+"""Flags of the program itself: they choose an action and are no part of the run."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One flag as it was given."""
+
+    dest: str
+    flag: str
+    value: object
+    origin: str
+
+
+def every_flag() -> dict[str, Flag]:
+    """All flags by dest, the program's own included."""
+    return {**{f.dest: f for f in CONTROL}, **all_flags()}
+
+
+def spellings_table() -> dict[str, Flag]:
+    """Spelling -> flag, with underscores read as hyphens."""
+    table = {}
+    for flag in every_flag().values():
+        for name in (*flag.names, *flag.negatives):
+            table[name.replace("_", "-")] = flag
+    return table
+
+
+class _Collect(argparse.Action):
+    """Keeps (dest, spelling, words) in the order of the words."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # noqa: D102
+        words = [values] if isinstance(values, str) else list(values or [])
+        namespace.given.append((self.dest, option_string, words))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(message, do="see --help")
+
+
+class _Help(argparse.HelpFormatter):
+    """Shows the first spelling of each side; the others are accepted silently."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        words = [*action.option_strings[:1]]
+        words += [s for s in action.option_strings[1:] if s == getattr(action, "other_side", None)]
+        metavar = "" if action.nargs == 0 else " " + self._format_args(action, _metavar(action))
+        return ", ".join(words) + metavar
+
+
+def _metavar(action: argparse.Action) -> str:
+    return action.metavar if isinstance(action.metavar, str) else "VALUE"
+
+
+def build_parser(prog: str = "pretrain_moe.py") -> argparse.ArgumentParser:
+    """The parser of all flags, in one help group a section."""
+    parser = _Parser(
+        prog=prog,
+        allow_abbrev=False,
+        formatter_class=_Help,
+        usage="%(prog)s [--config FILE.yaml] [--dry-run | --print-config {json,yaml}] [flags]",
+        description="Trains a mixture-of-experts language model on megatron-core.",
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for flag in every_flag().values():
+        if flag.section not in groups:
+            groups[flag.section] = parser.add_argument_group(flag.section)
+        spelled = [n for n in (*flag.names, *flag.negatives)]
+        if "opt_param" in flag.dest:
+            spelled += [n.replace("opt-param", "opt_param") for n in spelled]
+        options = {"dest": flag.dest, "action": _Collect, "default": argparse.SUPPRESS}
+        action = groups[flag.section].add_argument(
+            *spelled, nargs=flag.kind.nargs, help=_help(flag), metavar=_words(flag.kind), **options
+        )
+        action.other_side = flag.negatives[0] if flag.negatives else None  # type: ignore[attr-defined]
+    return parser
+
+
+def _words(kind: Kind) -> str:
+    if kind.choices:
+        return "{" + ",".join(str(c) for c in kind.choices) + "}"
+    return {"int": "N", "float": "X", "str": "TEXT", "pattern": "PATTERN", "pair": "(A,B)"}.get(
+        kind.base, "VALUE"
+    )
+
+
+def _help(flag: Flag) -> str:
+    default = "" if flag.default is None else f" [{flag.default}]"
+    return (flag.help + default).replace("%", "%%")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known spelling closest to ``name``, or an empty text."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return close[0] if close else ""
+
+
+def _unknown(words: Sequence[str], origin: str) -> list[Violation]:
+    """One violation for each unknown flag, with its nearest name; and for stray words."""
+    table, found = spellings_table(), []
+    flags = [w.split("=")[0] for w in words if w.startswith("--")]
+    where = "" if origin == "flag" else f" in {origin.removeprefix('file:')}"
+    for name in flags:
+        close = nearest(name.replace("_", "-"), table)
+        use = f"use {close}" if close else "see --help"
+        found.append(Violation(name, None, f"is not a flag{where}", use))
+    if not flags:
+        rule = "belongs to no flag"
+        found += [Violation(word, None, rule, "remove it, or see --help") for word in words]
+    return found
+
+
+def read_words(words: Sequence[str], origin: str, parser: argparse.ArgumentParser) -> list[Setting]:
+    """The settings that the words spell, in order.
+
+    Raises:
+        ConfigError: unknown flags and bad values, all of them together.
+    """
+    namespace = argparse.Namespace(given=[])
+    _, rest = parser.parse_known_args(list(words), namespace)
+    violations = _unknown(rest, origin) if rest else []
+    settings = []
+    flags = every_flag()
+    for dest, spelled, raw in namespace.given:
+        try:
+            settings.append(Setting(dest, spelled, _value(flags[dest], spelled, raw), origin))
+        except ValueError as error:
+            kind = flags[dest].kind
+            use = f"for instance {spelled} {_words(kind)}"
+            if kind.choices and nearest(raw[0], map(str, kind.choices)):
+                use = f"use {spelled} {nearest(raw[0], map(str, kind.choices))}"
+            violations.append(Violation(spelled, " ".join(raw), str(error), use))
+    if violations:
+        raise ConfigError(violations=violations)
+    return settings
+
+
+def _value(flag: Flag, spelled: str, raw: list[str]) -> object:
+    if flag.kind.base == "bool":
+        return spelled.replace("_", "-") not in flag.negatives
+    if flag.kind.many == "*" and not raw:
+        return None
+    return flag.kind.convert(raw)

@@ -1,0 +1,88 @@
+"""What is saved, where, and what is read back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """Saving and loading."""
+
+    save: str | None = None
+    """Folder of the checkpoints. Default: RUN/checkpoints."""
+
+    save_interval: int | None = field(
+        default=None,
+        metadata={
+            "argparse_meta": {"arg_names": ["--save-interval", "--persistent-save-interval"]}
+        },
+    )
+    """Steps between checkpoints; None: only at the end."""
+
+    load: str | None = None
+    """Folder to resume from; refused if it holds no checkpoint (see --allow-fresh-start)."""
+
+    allow_fresh_start: bool = False
+    """Start from new weights where --load holds no checkpoint."""
+
+    exit_on_missing_checkpoint: bool = False
+    """Kept for Megatron-LM's scripts: refusing is the default here."""
+
+    ckpt_step: int | None = None
+    """Step of the checkpoint to load. Default: the newest."""
+
+    finetune: bool = False
+    """Load weights only: step 0, new optimizer, new data order."""
+
+    no_save_optim: bool = False
+    """Leave the optimizer out of checkpoints."""
+
+    no_save_rng: bool = False
+    """Leave the random states out of checkpoints."""
+
+    no_load_optim: bool = False
+    """Do not read the optimizer."""
+
+    no_load_rng: bool = False
+    """Do not read the random states."""
+
+    async_save: bool = False
+    """Write checkpoints in the background."""
+
+    use_persistent_ckpt_worker: bool = False
+    """Keep the background writer alive between checkpoints."""
+
+    ckpt_format: Literal["torch", "torch_dist", "torch_dcp", "fsdp_dtensor"] = "torch_dist"
+    """File format; only torch_dist is written here."""
+
+    auto_detect_ckpt_format: bool = False
+    """Kept for Megatron-LM's scripts: the format is always read from the checkpoint."""
+
+    ckpt_fully_parallel_save: bool = True
+    """Share the writing between data-parallel ranks."""
+
+    ckpt_fully_parallel_load: bool = False
+    """Share the reading between data-parallel ranks."""
+
+    ckpt_assume_constant_structure: bool = False
+    """Reuse the plan of the first save."""
+
+    dist_ckpt_strictness: Literal[
+        "assume_ok_unexpected",
+        "log_unexpected",
+        "log_all",
+        "raise_unexpected",
+        "raise_all",
+        "return_unexpected",
+        "return_all",
+        "ignore_all",
+    ] = "assume_ok_unexpected"
+    """What missing and unexpected keys of a checkpoint mean."""
+
+    dist_ckpt_optim_fully_reshardable: bool = False
+    """Save the optimizer so that another layout can read it."""
+
+    dist_ckpt_save_pre_mcore_014: bool = False
+    """Save the optimizer in the form of megatron-core before 0.14."""

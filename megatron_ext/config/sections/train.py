@@ -1,0 +1,143 @@
+"""How long, in what batches, in what precision, and when to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """The loop."""
+
+    micro_batch_size: int | None = None
+    """Sequences of one forward pass on one rank."""
+
+    global_batch_size: int | None = None
+    """Sequences of one step over all ranks. Default: micro-batch-size * dp."""
+
+    rampup_batch_size: list[int] | None = None
+    """Start, increment, samples: the global batch grows linearly from start to its full size."""
+
+    decrease_batch_size_if_needed: bool = False
+    """Round a global batch down where micro-batch-size * dp does not divide it."""
+
+    train_iters: int | None = None
+    """Steps of the run; excludes --train-samples."""
+
+    train_samples: int | None = None
+    """Sequences of the run; excludes --train-iters."""
+
+    bf16: bool = False
+    """Weights and activations in bfloat16, master weights in fp32."""
+
+    fp16: bool = False
+    """Weights and activations in float16 with loss scaling."""
+
+    seed: int = 1234
+    """Seed of weights, dropout and data order."""
+
+    data_parallel_random_init: bool = False
+    """Different weights on each data-parallel rank; for experiments with ensembles."""
+
+    eval_iters: int = 100
+    """Batches of one evaluation."""
+
+    eval_interval: int | None = None
+    """Steps between evaluations; None: only at the end."""
+
+    eval_only: bool = False
+    """Load, evaluate, exit."""
+
+    skip_train: bool = False
+    """Megatron-LM's spelling of --eval-only."""
+
+    full_validation: bool = False
+    """Evaluate on the whole validation set instead of --eval-iters batches."""
+
+    exit_interval: int | None = None
+    """Exit after the step that this number divides."""
+
+    exit_duration_in_mins: int | None = None
+    """Save and exit after this many minutes."""
+
+    exit_signal_handler: bool = False
+    """Save and exit after the step in which --exit-signal came."""
+
+    exit_signal: str = "SIGTERM"
+    """Signal of --exit-signal-handler: a name such as SIGUSR1, or its number."""
+
+    manual_gc: bool = False
+    """Collect Python garbage at chosen steps only, on all ranks together."""
+
+    manual_gc_interval: int = 0
+    """Steps between manual collections; 0: none during training."""
+
+    manual_gc_eval: bool = True
+    """Collect around evaluations (with --manual-gc)."""
+
+    iterations_to_skip: list[int] | None = None
+    """Steps that read their data and do nothing else."""
+
+    @property
+    def params_dtype(self) -> Literal["fp32", "fp16", "bf16"]:
+        """Name of the weights' type."""
+        if self.bf16:
+            return "bf16"
+        return "fp16" if self.fp16 else "fp32"
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    """Learning rate and weight decay over the run."""
+
+    lr: float | None = None
+    """Highest learning rate."""
+
+    min_lr: float = 0.0
+    """Lowest learning rate of the decay."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
+    """Shape of the decay."""
+
+    lr_decay_iters: int | None = None
+    """Steps until min-lr. Default: train-iters."""
+
+    lr_decay_samples: int | None = None
+    """Sequences until min-lr. Default: train-samples."""
+
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up."""
+
+    lr_warmup_samples: int = 0
+    """Sequences of linear warm-up."""
+
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a share of the decay, 0 to 1; excludes the two above."""
+
+    lr_warmup_init: float = 0.0
+    """Learning rate at the start of the warm-up."""
+
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of WSD's last phase."""
+
+    lr_wsd_decay_iters: int | None = None
+    """Steps of WSD's last phase."""
+
+    lr_wsd_decay_samples: int | None = None
+    """Sequences of WSD's last phase."""
+
+    start_weight_decay: float | None = None
+    """Weight decay at the start. Default: weight-decay."""
+
+    end_weight_decay: float | None = None
+    """Weight decay at the end. Default: weight-decay."""
+
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the way from start to end weight decay."""
+
+    override_opt_param_scheduler: bool = False
+    """The flags' schedule, not the checkpoint's."""
+
+    use_checkpoint_opt_param_scheduler: bool = False
+    """The checkpoint's schedule, not the flags'."""

@@ -1,0 +1,119 @@
+"""A YAML file is argv from a file: the same flags, parser and errors.
+
+    tensor-model-parallel-size: 2      -> --tensor-model-parallel-size 2
+    swiglu: true                       -> --swiglu
+    bf16: false                        -> --no-bf16
+    data-path: [0.7, code, 0.3, text]  -> --data-path 0.7 code 0.3 text
+    moe: {num-experts: 8}              -> --num-experts 8   (one level of sections, for the eye)
+    lr: null                           -> nothing
+
+Keys are flag names with ``-`` or ``_``.  What ``--print-config yaml`` prints can be read back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_ext.config.argv import nearest, spellings_table
+from megatron_ext.config.flags import GENERATED, OURS
+from megatron_ext.errors import ConfigError, Violation
+
+SECTIONS = frozenset({*OURS, *GENERATED, "megatron_only"})
+
+
+def words_of_file(path: str) -> list[str]:
+    """The words that the file stands for.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or has an unknown key or an unusable value.
+    """
+    mapping = _load(path)
+    pairs: list[tuple[str, object]] = []
+    for key, value in mapping.items():
+        if isinstance(value, dict) and key in SECTIONS:
+            pairs += value.items()
+        else:
+            pairs.append((key, value))
+    words: list[str] = []
+    violations: list[Violation] = []
+    for key, value in pairs:
+        try:
+            words += _words(str(key), value)
+        except ValueError as error:
+            rule, _, use = str(error).partition(" | ")
+            violations.append(Violation(f"{path}: {key}", None, rule, use))
+    if violations:
+        raise ConfigError(violations=violations)
+    return words
+
+
+def _load(path: str) -> dict:
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise ConfigError(f"--config: {reason}", do="give a YAML file", path=path) from None
+    try:
+        mapping = yaml.load(text, Loader=_strict_loader())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config: not YAML: {error}", do="fix the file", path=path) from None
+    if mapping is None:
+        return {}
+    if not isinstance(mapping, dict):
+        raise ConfigError("--config: must be a mapping of flags", do="write key: value", path=path)
+    return mapping
+
+
+def _strict_loader() -> type:
+    """A safe loader that refuses a key given twice instead of keeping the last one silently."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+        keys = [loader.construct_object(k) for k, _ in node.value]
+        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+        if twice:
+            message = f"the key {twice[0]} is given twice"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+        loader.flatten_mapping(node)
+        return {
+            loader.construct_object(k, deep=True): loader.construct_object(v, deep=True)
+            for k, v in node.value
+        }
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    return Loader
+
+
+def _words(key: str, value: object) -> list[str]:
+    """The words of one pair.  ValueError carries ``rule | way out``."""
+    name = "--" + key.replace("_", "-").removeprefix("--")
+    flag = spellings_table().get(name)
+    if flag is None or flag.dest in ("config", "print_config", "dry_run"):
+        close = nearest(name, spellings_table())
+        raise ValueError(f"is not a flag | use {close[2:] if close else 'a flag of --help'}")
+    if value is None:
+        return []
+    if flag.kind.base == "bool":
+        return [_bool_word(name, flag.names, flag.negatives, value)]
+    if isinstance(value, bool | dict):
+        raise ValueError(f"needs a value, not {value} | write {key}: VALUE")
+    if isinstance(value, list) and flag.kind.many is None:
+        if flag.kind.base not in ("pattern", "pair"):
+            raise ValueError(f"takes one value, not {len(value)} | write {key}: VALUE")
+        return [f"{name}={value}"]
+    if isinstance(value, list):
+        return [name, *(str(v) for v in value)]
+    return [name, str(value)] if flag.kind.many else [f"{name}={value}"]
+
+
+def _bool_word(name: str, names: tuple, negatives: tuple, value: object) -> str:
+    if not isinstance(value, bool):
+        raise ValueError(f"is a switch, not {value!r} | write true or false")
+    if value:
+        return name
+    return negatives[0] if name in names else names[0]
