@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 INTERNAL_BUG = 70
-"""Exit code of an exception that is not a `Fatal`: Python prints its traceback, launchers map it."""
+"""Exit code of a bug: an exception that is not a `Fatal` keeps its traceback."""
 
 
-class Fatal(Exception):
+class Fatal(Exception):  # noqa: N818 - the line it prints starts with FATAL
     """Ends the run with ``code`` and one line.
 
     Args:
@@ -109,7 +109,7 @@ class DiskError(Fatal):
     code = 74
 
 
-class Preempted(Fatal):
+class Preempted(Fatal):  # noqa: N818 - not an error: the state is saved
     """Asked to stop, state saved: requeue (75)."""
 
     code = 75

@@ -1,4 +1,4 @@
-"""WHAT was asked: flags and YAML -> one frozen `RunConfig`.  Imports neither torch nor megatron-core.
+"""WHAT was asked: flags and YAML -> one frozen `RunConfig`; no import of torch or megatron-core.
 
     cfg = parse(["--config", "configs/tiny.yaml", "--train-iters", "5"])
     cfg.parallel.tensor_model_parallel_size     our sections: parallel, model, moe, data, train,

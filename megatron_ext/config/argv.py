@@ -91,12 +91,8 @@ class _Help(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         words = [*action.option_strings[:1]]
         words += [s for s in action.option_strings[1:] if s == getattr(action, "other_side", None)]
-        metavar = "" if action.nargs == 0 else " " + self._format_args(action, _metavar(action))
+        metavar = f" {action.metavar}" if action.metavar and action.nargs != 0 else ""
         return ", ".join(words) + metavar
-
-
-def _metavar(action: argparse.Action) -> str:
-    return action.metavar if isinstance(action.metavar, str) else "VALUE"
 
 
 def build_parser(prog: str = "pretrain_moe.py") -> argparse.ArgumentParser:
@@ -117,18 +113,26 @@ def build_parser(prog: str = "pretrain_moe.py") -> argparse.ArgumentParser:
             spelled += [n.replace("opt-param", "opt_param") for n in spelled]
         options = {"dest": flag.dest, "action": _Collect, "default": argparse.SUPPRESS}
         action = groups[flag.section].add_argument(
-            *spelled, nargs=flag.kind.nargs, help=_help(flag), metavar=_words(flag.kind), **options
+            *spelled,
+            nargs=_words_taken(flag.kind),
+            help=_help(flag),
+            metavar=_words(flag.kind),
+            **options,
         )
         action.other_side = flag.negatives[0] if flag.negatives else None  # type: ignore[attr-defined]
     return parser
 
 
+def _words_taken(kind: Kind) -> int | str:
+    """Any number of words, so that argparse does not stop at the first wrong count."""
+    return 0 if kind.base == "bool" else "*"
+
+
 def _words(kind: Kind) -> str:
     if kind.choices:
         return "{" + ",".join(str(c) for c in kind.choices) + "}"
-    return {"int": "N", "float": "X", "str": "TEXT", "pattern": "PATTERN", "pair": "(A,B)"}.get(
-        kind.base, "VALUE"
-    )
+    one = {"int": "N", "float": "X", "pattern": "PATTERN", "pair": "(A,B)"}.get(kind.base, "TEXT")
+    return one if kind.many is None else f"{one} ..."
 
 
 def _help(flag: Flag) -> str:
@@ -138,8 +142,9 @@ def _help(flag: Flag) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known spelling closest to ``name``, or an empty text."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return close[0] if close else ""
+    bare = {k.removeprefix("--"): k for k in known}
+    close = difflib.get_close_matches(name.removeprefix("--"), list(bare), n=1, cutoff=0.6)
+    return bare[close[0]] if close else ""
 
 
 def _unknown(words: Sequence[str], origin: str) -> list[Violation]:
@@ -174,8 +179,8 @@ def read_words(words: Sequence[str], origin: str, parser: argparse.ArgumentParse
         except ValueError as error:
             kind = flags[dest].kind
             use = f"for instance {spelled} {_words(kind)}"
-            if kind.choices and nearest(raw[0], map(str, kind.choices)):
-                use = f"use {spelled} {nearest(raw[0], map(str, kind.choices))}"
+            close = nearest(raw[0], map(str, kind.choices)) if kind.choices and raw else ""
+            use = f"use {spelled} {close}" if close else use
             violations.append(Violation(spelled, " ".join(raw), str(error), use))
     if violations:
         raise ConfigError(violations=violations)
@@ -185,6 +190,8 @@ def read_words(words: Sequence[str], origin: str, parser: argparse.ArgumentParse
 def _value(flag: Flag, spelled: str, raw: list[str]) -> object:
     if flag.kind.base == "bool":
         return spelled.replace("_", "-") not in flag.negatives
-    if flag.kind.many == "*" and not raw:
-        return None
+    if not raw:
+        raise ValueError("needs a value")
+    if flag.kind.many is None and len(raw) > 1:
+        raise ValueError(f"takes one value, not {len(raw)}")
     return flag.kind.convert(raw)

@@ -123,7 +123,9 @@ def section_fields() -> dict[str, dict[str, Field]]:
     }
     for section, fields in sources.items():
         skip = spellings.NOT_FLAGS | (set(parallel) if section == "transformer" else set())
-        found[section] = {n: f for n, f in fields.items() if n not in skip and kind_of(f.annotation)}
+        found[section] = {
+            n: f for n, f in fields.items() if n not in skip and kind_of(f.annotation)
+        }
     return found
 
 

@@ -96,7 +96,9 @@ INERT: tuple[Inert, ...] = (
         RERUN,
     ),
     Inert("check_for_spiky_loss", "bool", False, RERUN),
-    Inert("enable_msc", "bool", False, "multi-storage client is not used", _spelled("--disable-msc")),
+    Inert(
+        "enable_msc", "bool", False, "multi-storage client is not used", _spelled("--disable-msc")
+    ),
     Inert("ckpt_convert_format", "Literal['torch', 'torch_dist'] | None", None, CONVERT),
     Inert("ckpt_convert_save", "str | None", None, CONVERT),
     Inert("ckpt_convert_update_legacy_dist_opt_format", "bool", False, CONVERT),
@@ -155,6 +157,7 @@ UNHONOURED: dict[str, str] = {
     "wandb_save_dir": WANDB,
     "timing_log_level": "timers beyond the step time are not built yet",
     "log_timers_to_tensorboard": "timers beyond the step time are not built yet",
+    "ckpt_format": "checkpoints are always written as torch_dist",
     "test_mode": "a test option of Megatron-LM",
 }
 """dest -> reason: the value never reaches megatron-core."""
@@ -184,7 +187,8 @@ NEEDS_TRANSFORMER_ENGINE: dict[str, str] = {
 
 HARMLESS: dict[str, frozenset] = {
     "attention_backend": frozenset({"auto", "local"}),
-    "rerun_mode": frozenset({"disabled"}),
+    "ckpt_format": frozenset({"torch_dist"}),
+    "cross_entropy_fusion_impl": frozenset({"native"}),
 }
 """Values that ask for what happens anyway."""
 

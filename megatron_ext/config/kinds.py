@@ -1,9 +1,9 @@
 """From an annotation's text to the way a flag's words become a value.
 
-    int | None                -> one whole number        Literal["a", "b"]   -> one of a, b
-    list[str]                 -> one or more words       Union[str, List[str]] -> one word or a list
-    Union[int, List[int]]     -> a number or a pattern such as ([0]*3+[1]*58), read without eval
-    Tuple[int, int]           -> (128,0)
+int | None                -> one whole number        Literal["a", "b"]   -> one of a, b
+list[str]                 -> one or more words       Union[str, List[str]] -> one word or a list
+Union[int, List[int]]     -> a number or a pattern such as ([0]*3+[1]*58), read without eval
+Tuple[int, int]           -> (128,0)
 """
 
 from __future__ import annotations
@@ -37,23 +37,15 @@ class Kind:
 
     Attributes:
         base: bool, int, float, str, pattern (int or list of int) or pair (two ints).
-        many: None one word; "+" one or more; "*" any; "fold" one or more, where one stays a scalar;
-            a number: exactly that many.
+        many: None one word; "+" one or more; "fold" one or more, where one stays a scalar.
         choices: allowed values, if limited.
         optional: None is a legal value.
     """
 
     base: str
-    many: str | int | None = None
+    many: str | None = None
     choices: tuple | None = None
     optional: bool = False
-
-    @property
-    def nargs(self) -> str | int | None:
-        """argparse's nargs."""
-        if self.base == "bool":
-            return 0
-        return "+" if self.many == "fold" else self.many
 
     def convert(self, words: list[str]) -> object:
         """The value that the words spell.

@@ -44,7 +44,9 @@ class Values:
 def merge(settings: Sequence[Setting]) -> Values:
     """Defaults overlaid by settings in order: the last one wins."""
     flags = all_flags()
-    values = Values({d: _copy(f.default) for d, f in flags.items()}, dict.fromkeys(flags, "default"))
+    values = Values(
+        {d: _copy(f.default) for d, f in flags.items()}, dict.fromkeys(flags, "default")
+    )
     for setting in settings:
         if setting.dest in flags:
             values.value[setting.dest] = setting.value
@@ -87,6 +89,12 @@ def _parallel_sizes(v: Values) -> None:
         v.derive("sequence_parallel", False)
 
 
+def _backend(v: Values) -> None:
+    if v["device"] == "cpu" and v["distributed_backend"] == "nccl":
+        v.notes.append("--distributed-backend nccl needs GPUs: --device cpu uses gloo")
+        v.derive("distributed_backend", "gloo")
+
+
 def _virtual_pipeline(v: Values) -> None:
     """Model chunks from whichever of the three flags was given (the layout: see `stages`)."""
     pp = v["pipeline_model_parallel_size"]
@@ -103,7 +111,13 @@ def _virtual_pipeline(v: Values) -> None:
             v.derive("virtual_pipeline_model_parallel_size", layers // (pp * per_chunk))
     elif layout and v["virtual_pipeline_model_parallel_size"] is None:
         v.derive("virtual_pipeline_model_parallel_size", _layout_chunks(layout, pp))
-    if v["virtual_pipeline_model_parallel_size"] == 1 or pp == 1:
+    chosen = v["virtual_pipeline_model_parallel_size"]
+    if pp == 1 and chosen and chosen > 1:
+        v.notes.append(
+            f"{chosen} model chunks a pipeline rank have no effect with"
+            " --pipeline-model-parallel-size 1"
+        )
+    if chosen == 1 or pp == 1:
         v.derive("virtual_pipeline_model_parallel_size", None)
 
 
@@ -121,9 +135,6 @@ def _point_to_point(v: Values) -> None:
     """Interleaved schedules overlap their sends: PP2 x VPP without it is silently wrong."""
     interleaved = v["virtual_pipeline_model_parallel_size"] is not None
     if v["overlap_p2p_comm"] is None or not interleaved:
-        if interleaved:
-            v.notes.append("overlap_p2p_comm=True batch_p2p_comm=False is set for the interleaved"
-                           " schedule: without it PP2 x VPP is silently wrong")
         v.derive("overlap_p2p_comm", interleaved)
     if v["batch_p2p_comm"] is None:
         v.derive("batch_p2p_comm", not v["overlap_p2p_comm"])
@@ -138,8 +149,10 @@ def _sizes(v: Values) -> None:
         v.derive("kv_channels", hidden // heads)
     if not v["group_query_attention"]:
         if v.given("num_query_groups") and v["num_query_groups"] not in (None, 1, heads):
-            v.notes.append(f"--num-query-groups {v['num_query_groups']} has no effect without"
-                           " --group-query-attention (as in Megatron-LM)")
+            v.notes.append(
+                f"--num-query-groups {v['num_query_groups']} has no effect without"
+                " --group-query-attention (as in Megatron-LM)"
+            )
         v.derive("num_query_groups", heads)
     if v["num_moe_experts"] is not None and v["moe_ffn_hidden_size"] is None:
         v.derive("moe_ffn_hidden_size", v["ffn_hidden_size"])
@@ -227,6 +240,7 @@ def _without_kernels(v: Values) -> None:
 
 RULES: tuple[Callable[[Values], None], ...] = (
     _parallel_sizes,
+    _backend,
     _virtual_pipeline,
     _point_to_point,
     _sizes,

@@ -1,10 +1,10 @@
 """RunConfig: every resolved value, by section, with its origin.
 
-    argv -> Setting -> Values (merged, resolved) -> RunConfig(parallel, transformer, ..., origins)
-                                                       |-> mcore_values() -> TransformerConfig(**...)
+    argv -> Setting -> Values (merged, resolved) -> RunConfig(parallel, transformer, ...)
+    RunConfig.mcore_values() -> TransformerConfig(**values)
 
-The generated sections (transformer, optimizer, ddp) are frozen dataclasses made from megatron-core's
-fields; their attributes have megatron-core's names.
+The generated sections (transformer, optimizer, ddp) are frozen dataclasses made from
+megatron-core's fields; their attributes have megatron-core's names.
 """
 
 from __future__ import annotations
@@ -84,7 +84,10 @@ class RunConfig:
         return values
 
     def optimizer_values(self) -> dict[str, Any]:
-        """Keyword arguments of OptimizerConfig; dtypes stay names ('fp32'), params_dtype is left out."""
+        """Keyword arguments of OptimizerConfig, without params_dtype.
+
+        The other dtypes stay names ('fp32'), and only with Transformer Engine are they present.
+        """
         return self._class_values("optimizer")
 
     def ddp_values(self) -> dict[str, Any]:
@@ -196,5 +199,11 @@ def build(
         made[section] = cls(**{m.name: values[m.dest] for m in members})
     inert = {d: values[d] for d, f in flags.all_flags().items() if f.section == "megatron_only"}
     return RunConfig(
-        **made, megatron_only=inert, origins=dict(values.origin), ignored=ignored, warnings=warnings, action=action, **rest
+        **made,
+        megatron_only=inert,
+        origins=dict(values.origin),
+        ignored=ignored,
+        warnings=warnings,
+        action=action,
+        **rest,
     )

@@ -136,7 +136,7 @@ def rank_counts(split: Split) -> list[int]:
     filled = [left // middle if c is None else c for c in counts]
     odd = [c for c in filled if c % split.vpp]
     if odd:
-        raise ValueError(f"gives a pipeline rank {odd[0]} layers, not a multiple of vpp = {split.vpp}")
+        raise ValueError(f"gives a rank {odd[0]} layers, not a multiple of vpp = {split.vpp}")
     if min(filled) <= 0:
         raise ValueError("leaves a pipeline rank without a layer")
     return filled

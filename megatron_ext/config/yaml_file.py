@@ -96,7 +96,7 @@ def _words(key: str, value: object) -> list[str]:
     if flag is None or flag.dest in ("config", "print_config", "dry_run"):
         close = nearest(name, spellings_table())
         raise ValueError(f"is not a flag | use {close[2:] if close else 'a flag of --help'}")
-    if value is None:
+    if value is None or value == []:
         return []
     if flag.kind.base == "bool":
         return [_bool_word(name, flag.names, flag.negatives, value)]

@@ -11,7 +11,7 @@ class DataSection:
     """Data sets, their blend, and the tokenizer."""
 
     data_path: list[str] | None = None
-    """Prefixes of .bin/.idx files, or weight and prefix pairs: 0.7 code 0.3 text; cut by --split."""
+    """Prefixes of .bin/.idx files, or weights and prefixes: 0.7 code 0.3 text; cut by --split."""
 
     train_data_path: list[str] | None = None
     """Blend of the training set alone; excludes --data-path."""
@@ -59,7 +59,7 @@ class DataSection:
     """Tokens attend only inside their own document."""
 
     create_attention_mask_in_dataloader: bool = True
-    """Kept for Megatron-LM's scripts: our attention makes its mask itself, so both mean the same."""
+    """Kept for Megatron-LM's scripts: our attention makes its mask itself, both mean the same."""
 
     tokenizer_type: (
         Literal[

@@ -118,5 +118,6 @@ class MoeSection:
     """What our mixture-of-experts layers add to megatron-core's options."""
 
     moe_global_aux_scale: Literal["exact", "megatron"] = "exact"
-    """Strength of the global-batch load-balancing gradient. exact: its coefficient at any number of
-    ranks; megatron: coefficient / (dp*cp), as megatron-core 0.16.1 does, for recipes tuned there."""
+    """Strength of the global-batch load-balancing gradient. exact: its coefficient at any number
+    of ranks; megatron: coefficient / (dp*cp), as megatron-core 0.16.1 does, for recipes tuned
+    there."""

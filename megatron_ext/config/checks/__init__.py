@@ -1,0 +1,30 @@
+"""Cross-group rules: all broken ones, with their numbers and the nearest values that work.
+
+    required  what must be given              pipeline  layers over pp x vpp, interleaving
+    layout    world = pp*dp*cp*tp, experts    moe       routing, losses, capacity, dispatch
+    model     sizes, positions, recompute     training  batch, schedule, gradients
+    support   what this release or this machine cannot do
+
+A rule is a generator of `Violation` over the resolved `RunConfig`.  A rule whose inputs are missing
+stays silent: `required` has named them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_ext.config.checks import layout, model, moe, pipeline, required, support, training
+from megatron_ext.config.run_config import RunConfig
+from megatron_ext.errors import Violation
+
+
+def violations_of(cfg: RunConfig, environ: Mapping[str, str]) -> list[Violation]:
+    """All broken rules of a configuration."""
+    sizes = list(layout.sizes_are_positive(cfg))
+    found = [*required.rules(cfg), *sizes]
+    if sizes:
+        return found
+    found += layout.world_agrees_with_environment(cfg, environ)
+    for group in (layout, pipeline, model, moe, training, support):
+        found += group.rules(cfg)
+    return found

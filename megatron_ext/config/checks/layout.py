@@ -1,0 +1,223 @@
+"""World = pp * dp * cp * tp = pp * edp * ep * etp, and what each axis must divide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+
+from megatron_ext.config.checks.numbers import divisors, multiples_near, one_of
+from megatron_ext.config.run_config import RunConfig
+from megatron_ext.errors import Violation
+
+
+def sizes_are_positive(cfg: RunConfig) -> Iterator[Violation]:
+    """Sizes below 1 make every other rule meaningless."""
+    sections = ((cfg.parallel, [f.name for f in fields(cfg.parallel)]),)
+    positive = (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "ffn_hidden_size",
+        "kv_channels",
+        "num_query_groups",
+        "num_moe_experts",
+        "moe_ffn_hidden_size",
+    )
+    sections += ((cfg.transformer, positive),)  # type: ignore[assignment]
+    sections += ((cfg.train, ["micro_batch_size", "global_batch_size"]),)  # type: ignore
+    sections += (
+        (
+            cfg.model,
+            ["seq_length", "make_vocab_size_divisible_by", "vocab_size", "padded_vocab_size"],
+        ),
+    )  # type: ignore[assignment]
+    for section, names in sections:
+        for name in names:
+            value = getattr(section, name)
+            if type(value) is int and value < 1:
+                flag = "--" + name.replace("_", "-").replace("num-moe-experts", "num-experts")
+                yield Violation(flag, value, "must be at least 1", "use 1 or more")
+
+
+def world_agrees_with_environment(
+    cfg: RunConfig, environ: Mapping[str, str]
+) -> Iterator[Violation]:
+    """A real run has the launcher's number of ranks; only a dry run may imagine another."""
+    text = environ.get("WORLD_SIZE", "")
+    size = cfg.parallel.world_size
+    if cfg.action == "train" and text.isdigit() and int(text) != size:
+        yield Violation(
+            "--world-size",
+            size,
+            f"is not the launcher's WORLD_SIZE = {text}",
+            "remove it, or add --dry-run",
+        )
+
+
+def rules(cfg: RunConfig) -> Iterator[Violation]:
+    """Rank grid, experts over ranks, tensors over tp, sequence over tp and cp."""
+    yield from _dense_grid(cfg)
+    yield from _expert_grid(cfg)
+    yield from _experts(cfg)
+    yield from _tensors(cfg)
+    yield from _sequence(cfg)
+    yield from _instances(cfg)
+
+
+def _dense_grid(cfg: RunConfig) -> Iterator[Violation]:
+    p = cfg.parallel
+    model = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
+    if p.world_size % model:
+        grid = (
+            f"{p.tensor_model_parallel_size}*{p.pipeline_model_parallel_size}"
+            f"*{p.context_parallel_size} = {model}"
+        )
+        flag = "WORLD_SIZE" if cfg.origins["world_size"] == "environment" else "--world-size"
+        yield Violation(
+            flag,
+            p.world_size,
+            f"must be a multiple of tp*pp*cp = {grid}",
+            f"use {one_of(multiples_near(p.world_size, model))} ranks",
+        )
+
+
+def _expert_grid(cfg: RunConfig) -> Iterator[Violation]:
+    p = cfg.parallel
+    ep, etp = p.expert_model_parallel_size, p.expert_tensor_parallel_size
+    fold = p.data_parallel_size * p.context_parallel_size * p.tensor_model_parallel_size
+    if fold == 0:
+        return
+    if fold % etp:
+        yield Violation(
+            "--expert-tensor-parallel-size",
+            etp,
+            f"must divide dp*cp*tp = {fold}",
+            f"use {one_of(divisors(fold), etp)}",
+        )
+    elif (fold // etp) % ep:
+        experts = cfg.transformer.num_moe_experts
+        legal = [d for d in divisors(fold // etp) if not experts or experts % d == 0]
+        yield Violation(
+            "--expert-model-parallel-size",
+            ep,
+            f"must divide dp*cp*tp/etp = {fold // etp}",
+            f"use {one_of(legal, ep)}",
+        )
+
+
+def _experts(cfg: RunConfig) -> Iterator[Violation]:
+    experts, ep = cfg.transformer.num_moe_experts, cfg.parallel.expert_model_parallel_size
+    etp = cfg.parallel.expert_tensor_parallel_size
+    if experts is None:
+        if ep > 1:
+            yield Violation(
+                "--expert-model-parallel-size",
+                ep,
+                "needs --num-experts",
+                "use 1, or give --num-experts",
+            )
+        return
+    if experts % ep:
+        yield Violation(
+            "--num-experts",
+            experts,
+            f"must be a multiple of --expert-model-parallel-size = {ep}",
+            f"use {one_of(multiples_near(experts, ep))} experts,"
+            f" or ep {one_of(divisors(experts), ep)}",
+        )
+    width = cfg.transformer.moe_ffn_hidden_size
+    if width and width % etp:
+        yield Violation(
+            "--moe-ffn-hidden-size",
+            width,
+            f"must be a multiple of --expert-tensor-parallel-size = {etp}",
+            f"use {one_of(multiples_near(width, etp))}",
+        )
+    if cfg.transformer.add_bias_linear and etp > 1:
+        yield Violation(
+            "--expert-tensor-parallel-size",
+            etp,
+            "must be 1 where experts have biases",
+            "use --disable-bias-linear, or --expert-tensor-parallel-size 1",
+        )
+
+
+def _tensors(cfg: RunConfig) -> Iterator[Violation]:
+    t, tp = cfg.transformer, cfg.parallel.tensor_model_parallel_size
+    heads, groups = t.num_attention_heads, t.num_query_groups
+    if heads and heads % tp:
+        yield Violation(
+            "--tensor-model-parallel-size",
+            tp,
+            f"must divide --num-attention-heads = {heads}",
+            f"use {one_of(divisors(heads), tp)}",
+        )
+    elif heads and groups and groups % tp and tp % groups:
+        legal = [d for d in divisors(heads) if groups % d == 0 or d % groups == 0]
+        yield Violation(
+            "--tensor-model-parallel-size",
+            tp,
+            f"must divide or be a multiple of --num-query-groups = {groups}",
+            f"use {one_of(legal, tp)}",
+        )
+    shared = t.moe_shared_expert_intermediate_size
+    for flag, value in (
+        ("--hidden-size", t.hidden_size),
+        ("--ffn-hidden-size", t.ffn_hidden_size),
+        ("--moe-shared-expert-intermediate-size", shared),
+    ):
+        if value and value % tp:
+            yield Violation(
+                flag,
+                value,
+                f"must be a multiple of --tensor-model-parallel-size = {tp}",
+                f"use {one_of(multiples_near(value, tp))}",
+            )
+
+
+def _sequence(cfg: RunConfig) -> Iterator[Violation]:
+    p, seq = cfg.parallel, cfg.model.seq_length
+    tp, cp = p.tensor_model_parallel_size, p.context_parallel_size
+    if cfg.transformer.num_moe_experts and tp > 1 and not p.sequence_parallel:
+        yield Violation(
+            "--tensor-model-parallel-size",
+            tp,
+            "with --num-experts needs --sequence-parallel",
+            "add --sequence-parallel, or use --tensor-model-parallel-size 1",
+        )
+    if not seq:
+        return
+    if cp > 1 and seq % (2 * cp):
+        yield Violation(
+            "--seq-length",
+            seq,
+            f"must be a multiple of 2*--context-parallel-size = {2 * cp}",
+            f"use {one_of(multiples_near(seq, 2 * cp))}",
+        )
+    elif p.sequence_parallel and (seq // cp) % tp:
+        yield Violation(
+            "--seq-length",
+            seq,
+            f"must be a multiple of cp*tp = {cp * tp} with --sequence-parallel",
+            f"use {one_of(multiples_near(seq, cp * tp))}",
+        )
+
+
+def _instances(cfg: RunConfig) -> Iterator[Violation]:
+    p = cfg.parallel
+    copies, ranks = p.num_distributed_optimizer_instances, p.data_parallel_size
+    ranks *= p.context_parallel_size
+    if copies > 1 and not cfg.ddp.use_distributed_optimizer:
+        yield Violation(
+            "--num-distributed-optimizer-instances",
+            copies,
+            "needs --use-distributed-optimizer",
+            "add it, or use 1",
+        )
+    if ranks and ranks % copies:
+        yield Violation(
+            "--num-distributed-optimizer-instances",
+            copies,
+            f"must divide dp*cp = {ranks}",
+            f"use {one_of(divisors(ranks), copies)}",
+        )
