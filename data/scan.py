@@ -1,0 +1,108 @@
+"""Every token id of a data file is inside the vocabulary, known before the first forward pass.
+
+An id outside gives a finite, wrong loss in megatron-core (tensor parallelism turns it into a zero vector), so it must
+never reach the model.  Two nets: the whole ``.bin`` is scanned once, and each sample is checked again as it is read
+(`first_outside`), so that a file which changes later is caught too.
+
+A scan of terabytes takes a while, so its result (smallest and largest id) is taken from ``PREFIX.report.json`` when
+the report belongs to these bytes: the same size, and the same time of change or the same hash over `SPOTS` blocks.
+Else it is scanned and kept in the index cache under the file's path, size and time of change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from data.indexed import IndexedFile
+from data.storage import read_json
+from megatron_ext.errors import DataError
+
+SPOTS = 256
+SPOT_BYTES = 4096
+SCAN_TOKENS = 1 << 22
+
+
+def spot_sha256(path: Path) -> str:
+    """Hash over the size and `SPOTS` blocks, evenly spaced from the first byte to the last."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as stream:
+        for spot in range(SPOTS):
+            stream.seek(max(0, size - SPOT_BYTES) * spot // (SPOTS - 1))
+            digest.update(stream.read(SPOT_BYTES))
+    return digest.hexdigest()
+
+
+def scan(file: IndexedFile) -> dict:
+    """Reads the whole ``.bin``: smallest and largest id, and the first token that holds each."""
+    low: tuple[int, int] | None = None
+    high: tuple[int, int] | None = None
+    for start in range(0, file.num_tokens, SCAN_TOKENS):
+        ids = file.read(start, min(SCAN_TOKENS, file.num_tokens - start))
+        smallest, largest = int(ids.min()), int(ids.max())
+        if low is None or smallest < low[0]:
+            low = (smallest, start + int(ids.argmin()))
+        if high is None or largest > high[0]:
+            high = (largest, start + int(ids.argmax()))
+    assert low is not None and high is not None, "an IndexedFile has at least one token"
+    return {"min_token_id": low[0], "min_at": low[1], "max_token_id": high[0], "max_at": high[1]}
+
+
+def from_report(file: IndexedFile) -> dict | None:
+    """The range that PREFIX.report.json states, where the report belongs to this ``.bin``."""
+    report = read_json(Path(f"{file.prefix}.report.json")) or {}
+    status = file.bin_path.stat()
+    if report.get("bin_bytes") != status.st_size or not isinstance(report.get("max_token_id"), int):
+        return None
+    same = report.get("bin_mtime_ns") == status.st_mtime_ns or report.get(
+        "spot_sha256"
+    ) == spot_sha256(file.bin_path)
+    return {name: report.get(name) for name in ("min_token_id", "max_token_id")} if same else None
+
+
+def cache_key(file: IndexedFile) -> str:
+    """Name of the scan of this file in the index cache."""
+    status = file.bin_path.stat()
+    facts = f"{file.bin_path.resolve()} {status.st_size} {status.st_mtime_ns} {file.dtype.name}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:32]
+
+
+def require_range(file: IndexedFile, result: dict, vocab_size: int) -> None:
+    """Raises where a scan found an id outside [0, vocab_size), with the document and the position."""
+    too_small = result["min_token_id"] < 0
+    if not too_small and result["max_token_id"] < vocab_size:
+        return
+    if "min_at" not in result:
+        result = scan(file)
+    at, token = (
+        (result["min_at"], result["min_token_id"])
+        if too_small
+        else (result["max_at"], result["max_token_id"])
+    )
+    raise outside(file, token, *file.locate(at), vocab_size)
+
+
+def outside(
+    file: IndexedFile, token: int, document: int, position: int, vocab_size: int
+) -> DataError:
+    """The error that names an id outside the vocabulary."""
+    return DataError(
+        f"token id {token} in document {document} at position {position}: the vocabulary is 0 to {vocab_size - 1}",
+        do=f"prepare the data with the tokenizer of this run, or set --vocab-size above {max(token, 0)}",
+        path=file.bin_path,
+    )
+
+
+def needs_no_scan(file: IndexedFile, vocab_size: int) -> bool:
+    """True where the type of the ids cannot hold one outside."""
+    return file.dtype.kind == "u" and np.iinfo(file.dtype).max < vocab_size
+
+
+def first_outside(tokens: np.ndarray, vocab_size: int) -> int | None:
+    """Index of the first token outside [0, vocab_size), or None: the check of each sample that is read."""
+    if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab_size):
+        return int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
+    return None

@@ -1,0 +1,198 @@
+"""The work of `data.prepare` in pieces that can be redone: plan, one shard, journal.
+
+The plan depends on the input files only.  A worker turns a shard into ``shard-000012.bin`` (ids) and
+``shard-000012.len`` (int64 lengths) under temporary names, fsyncs and renames them.  The parent then appends the
+shard's facts with both hashes to ``journal.jsonl`` and fsyncs it.  After a kill, shards whose files still match
+their line are kept and the others are done again; the output is the shards in order, so it is the same bytes for
+any number of workers and any number of kills.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data.documents import Piece, Skipped, Source, read_piece, splits_by_rows, whole
+from data.indexed import LARGEST_DOCUMENT, token_dtype
+from data.storage import atomic_file, disk_errors, sha256_of
+from data.tokenizer import Tokenizer
+from megatron_ext.errors import DataError
+
+SMALLEST_SHARD_BYTES = 1 << 20
+LARGEST_SHARD_BYTES = 1 << 28
+SHARDS_WANTED = 2048
+
+
+@dataclass
+class ShardFacts:
+    """What one finished shard holds; a line of the journal."""
+
+    shard: int
+    bin_bytes: int = 0
+    bin_sha256: str = ""
+    len_sha256: str = ""
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    """UTF-8 bytes of the texts."""
+    represented_bytes: int = 0
+    """Bytes that the ids stand for: equals ``text_bytes`` for a lossless tokenizer."""
+    smallest_id: int | None = None
+    largest_id: int | None = None
+    skipped: Skipped = field(default_factory=Skipped)
+
+
+def shard_bytes(sources: list[Source]) -> int:
+    """Bytes of input in a shard: about `SHARDS_WANTED` shards, within limits; depends on the inputs only."""
+    total = sum(source.size for source in sources)
+    return min(LARGEST_SHARD_BYTES, max(SMALLEST_SHARD_BYTES, total // SHARDS_WANTED))
+
+
+def pieces_of(source: Source, target: int) -> Iterator[tuple[Piece, int]]:
+    """(piece, bytes) of a source, in the order of its documents."""
+    if source.kind == "jsonl" and not source.compression:
+        for start in range(0, source.size, target):
+            end = min(source.size, start + target)
+            yield Piece(source, start, end), end - start
+    elif splits_by_rows(source):
+        groups = max(1, whole(source).end)
+        for group in range(groups):
+            yield Piece(source, group, group + 1), source.size // groups
+    else:
+        yield Piece(source, 0, source.size), source.size
+
+
+def plan(sources: list[Source]) -> list[list[Piece]]:
+    """Shards, each a list of pieces; neighbours are grouped until a shard is full."""
+    target = shard_bytes(sources)
+    shards: list[list[Piece]] = [[]]
+    filled = 0
+    for source in sources:
+        for piece, size in pieces_of(source, target):
+            if shards[-1] and filled + size > target:
+                shards.append([])
+                filled = 0
+            shards[-1].append(piece)
+            filled += size
+    return shards
+
+
+def shard_paths(folder: Path, shard: int) -> tuple[Path, Path]:
+    """(.bin, .len) of a shard."""
+    return folder / f"shard-{shard:06d}.bin", folder / f"shard-{shard:06d}.len"
+
+
+def write_shard(
+    folder: Path, shard: int, pieces: list[Piece], tokenizer: Tokenizer, key: str, append_eod: bool
+) -> ShardFacts:
+    """Tokenizes one shard to disk; returns its facts."""
+    facts = ShardFacts(shard)
+    dtype = token_dtype(tokenizer.vocab_size)
+    bin_path, len_path = shard_paths(folder, shard)
+    lengths: list[int] = []
+    digest = hashlib.sha256()
+    with atomic_file(bin_path) as stream:
+        for piece in pieces:
+            for text in read_piece(piece, key, facts.skipped):
+                ids = encode_checked(tokenizer, text, append_eod, piece)
+                content = ids.astype(dtype).tobytes()
+                digest.update(content)
+                stream.write(content)
+                lengths.append(len(ids))
+                count_document(facts, text, ids, tokenizer)
+    facts.bin_bytes, facts.bin_sha256 = facts.tokens * dtype.itemsize, digest.hexdigest()
+    content = np.array(lengths, dtype="<i8").tobytes()
+    facts.len_sha256 = hashlib.sha256(content).hexdigest()
+    with atomic_file(len_path) as stream:
+        stream.write(content)
+    return facts
+
+
+def encode_checked(tokenizer: Tokenizer, text: str, append_eod: bool, piece: Piece) -> np.ndarray:
+    """int64 ids of one document, each proven to be inside the vocabulary."""
+    ids = np.array(tokenizer.encode(text) + ([tokenizer.eod] if append_eod else []), dtype=np.int64)
+    if len(ids) > LARGEST_DOCUMENT:
+        raise DataError(
+            f"a document has {len(ids)} tokens, an .idx counts up to {LARGEST_DOCUMENT}",
+            do="cut the document",
+            path=piece.source.path,
+        )
+    if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+        raise DataError(
+            f"the tokenizer gave id {ids.max() if ids.min() >= 0 else ids.min()}, its vocabulary is "
+            f"0 to {tokenizer.vocab_size - 1}",
+            do="use a tokenizer file that is whole",
+            path=piece.source.path,
+        )
+    return ids
+
+
+def count_document(facts: ShardFacts, text: str, ids: np.ndarray, tokenizer: Tokenizer) -> None:
+    """Adds one document to the facts."""
+    facts.documents += 1
+    facts.tokens += len(ids)
+    facts.text_bytes += len(text.encode("utf-8"))
+    facts.represented_bytes += tokenizer.bytes_of(ids)
+    if len(ids):
+        low, high = int(ids.min()), int(ids.max())
+        facts.smallest_id = low if facts.smallest_id is None else min(low, facts.smallest_id)
+        facts.largest_id = high if facts.largest_id is None else max(high, facts.largest_id)
+
+
+def append_to_journal(folder: Path, facts: ShardFacts) -> None:
+    """Makes a finished shard durable."""
+    path = folder / "journal.jsonl"
+    with disk_errors(path), open(path, "a", encoding="utf-8") as stream:
+        stream.write("\n" + json.dumps(asdict(facts)))  # a line cut by a kill spoils only itself
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def finished_shards(folder: Path) -> dict[int, ShardFacts]:
+    """The shards of the journal whose files are there and have their sizes and hashes."""
+    path = folder / "journal.jsonl"
+    found: dict[int, ShardFacts] = {}
+    for line in (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ()
+    ):
+        try:
+            record = json.loads(line)
+            facts = ShardFacts(**{**record, "skipped": Skipped(**record["skipped"])})
+        except (ValueError, TypeError, KeyError):
+            continue  # the line that was being written when the process died
+        found[facts.shard] = facts
+    return {shard: facts for shard, facts in found.items() if _is_whole(folder, facts)}
+
+
+def _is_whole(folder: Path, facts: ShardFacts) -> bool:
+    bin_path, len_path = shard_paths(folder, facts.shard)
+    try:
+        return (
+            bin_path.stat().st_size == facts.bin_bytes
+            and sha256_of(bin_path) == facts.bin_sha256
+            and sha256_of(len_path) == facts.len_sha256
+        )
+    except OSError:
+        return False
+
+
+def total_facts(all_facts: list[ShardFacts]) -> ShardFacts:
+    """Sums over the shards, in order."""
+    total = ShardFacts(shard=len(all_facts))
+    for facts in all_facts:
+        for name in ("bin_bytes", "documents", "tokens", "text_bytes", "represented_bytes"):
+            setattr(total, name, getattr(total, name) + getattr(facts, name))
+        total.skipped.merge(facts.skipped)
+    total.smallest_id = min(
+        (f.smallest_id for f in all_facts if f.smallest_id is not None), default=None
+    )
+    total.largest_id = max(
+        (f.largest_id for f in all_facts if f.largest_id is not None), default=None
+    )
+    return total

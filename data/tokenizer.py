@@ -1,0 +1,219 @@
+"""Tokenizers by Megatron-LM's names, and the command that trains one.
+
+| --tokenizer-type        | --tokenizer-model                         | eod                                    |
+| ----------------------- | ----------------------------------------- | -------------------------------------- |
+| SentencePieceTokenizer  | .model                                    | <eod>/<EOD>/<|endoftext|>, else </s>   |
+| GPTSentencePieceTokenizer | .model                                  | the same                               |
+| Llama2Tokenizer         | .model; each document begins with <s>     | the same                               |
+| HuggingFaceTokenizer    | tokenizer.json or its folder              | eos_token of tokenizer_config.json     |
+| TikTokenizer            | .json (Megatron-LM) or base64-rank lines  | </s> (json), the id after the last     |
+| GPT2BPETokenizer        | --vocab-file and --merge-file instead     | <|endoftext|>                          |
+| NullTokenizer           | --vocab-size N instead                    | N                                      |
+
+A training command::
+
+    python -m data.tokenizer train --input corpus --vocab-size 4096 --model corpus/bpe.model
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from data import documents, foreign_tokenizers, sentencepiece_model
+from data.storage import make_folder
+from megatron_ext.errors import ConfigError, exit_on_fatal
+
+DEFAULT_TRAINING_BYTES = 50_000_000
+
+
+class Tokenizer(Protocol):
+    """What the data part needs of a tokenizer."""
+
+    vocab_size: int
+    """Number of ids: every id is in [0, vocab_size)."""
+    eod: int
+    """Id that ends a document."""
+    bos: int | None
+    """Id that begins a text, where the tokenizer has one."""
+    fingerprint: str
+    """SHA-256 over its files and settings."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, without eod."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``."""
+        ...
+
+    def bytes_of(self, ids: Sequence[int]) -> int:
+        """Number of UTF-8 bytes that ``ids`` stand for: turns nats a token into bits a byte."""
+        ...
+
+
+def build_tokenizer(
+    tokenizer_type: str,
+    tokenizer_model: str | Path | None,
+    vocab_size: int | None = None,
+    vocab_file: str | Path | None = None,
+    merge_file: str | Path | None = None,
+    *,
+    tiktoken_pattern: str | None = None,
+    tiktoken_num_special_tokens: int = 1000,
+) -> Tokenizer:
+    """The tokenizer of one name.
+
+    Args:
+        tokenizer_type: a name of the table above.
+        tokenizer_model: its file or folder.
+        vocab_size: NullTokenizer: its size without eod; TikTokenizer: where a JSON vocabulary is cut.
+        vocab_file, merge_file: GPT2BPETokenizer's two files.
+
+    Raises:
+        ConfigError: unknown name, a missing flag, or a library that is not installed.
+        DataError: a file that is missing, or is not what the name says.
+    """
+
+    def named(flag: str, value: str | int | Path | None):
+        if value is None:
+            raise ConfigError(
+                f"--tokenizer-type {tokenizer_type} needs {flag}", do=f"add {flag} ..."
+            )
+        return value
+
+    def model() -> Path:
+        return Path(named("--tokenizer-model", tokenizer_model))
+
+    builders: dict[str, Callable[[], Tokenizer]] = {
+        "SentencePieceTokenizer": lambda: sentencepiece_model.SentencePieceTokenizer(model()),
+        "GPTSentencePieceTokenizer": lambda: sentencepiece_model.SentencePieceTokenizer(model()),
+        "Llama2Tokenizer": lambda: sentencepiece_model.SentencePieceTokenizer(
+            model(), add_bos=True
+        ),
+        "HuggingFaceTokenizer": lambda: foreign_tokenizers.HuggingFaceTokenizer(model()),
+        "TikTokenizer": lambda: foreign_tokenizers.TikTokenizer(
+            model(), tiktoken_pattern, tiktoken_num_special_tokens, vocab_size
+        ),
+        "GPT2BPETokenizer": lambda: foreign_tokenizers.GPT2BPETokenizer(
+            Path(named("--vocab-file", vocab_file)), Path(named("--merge-file", merge_file))
+        ),
+        "NullTokenizer": lambda: foreign_tokenizers.NullTokenizer(
+            int(named("--vocab-size", vocab_size))
+        ),
+    }
+    if tokenizer_type not in builders:
+        raise ConfigError(
+            f"--tokenizer-type {tokenizer_type} is not known here",
+            do=f"use one of {', '.join(builders)}",
+        )
+    return builders[tokenizer_type]()
+
+
+def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that choose a tokenizer, for the data commands (the training program has its own parser)."""
+    parser.add_argument(
+        "--tokenizer-type",
+        required=True,
+        metavar="NAME",
+        help="SentencePieceTokenizer, GPTSentencePieceTokenizer, Llama2Tokenizer, "
+        "HuggingFaceTokenizer, TikTokenizer, GPT2BPETokenizer or NullTokenizer",
+    )
+    parser.add_argument(
+        "--tokenizer-model", metavar="PATH", help="the tokenizer's file or folder; never downloaded"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="NullTokenizer: ids without eod"
+    )
+    parser.add_argument("--vocab-file", metavar="PATH", help="GPT2BPETokenizer: vocab.json")
+    parser.add_argument("--merge-file", metavar="PATH", help="GPT2BPETokenizer: merges.txt")
+    parser.add_argument(
+        "--tiktoken-pattern",
+        choices=tuple(foreign_tokenizers.TIKTOKEN_PATTERNS),
+        default=None,
+        help="TikTokenizer: how text is cut before merging",
+    )
+    parser.add_argument(
+        "--tiktoken-num-special-tokens",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="TikTokenizer: special ids before the first rank (default %(default)s)",
+    )
+
+
+def tokenizer_of(args: argparse.Namespace) -> Tokenizer:
+    """The tokenizer that `add_tokenizer_flags` chose."""
+    return build_tokenizer(
+        args.tokenizer_type,
+        args.tokenizer_model,
+        args.vocab_size,
+        args.vocab_file,
+        args.merge_file,
+        tiktoken_pattern=args.tiktoken_pattern,
+        tiktoken_num_special_tokens=args.tiktoken_num_special_tokens,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m data.tokenizer",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = made.add_subparsers(dest="command", required=True)
+    train = commands.add_parser(
+        "train",
+        help="train a lossless sentencepiece BPE model with byte fallback",
+        allow_abbrev=False,
+    )
+    train.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="files and folders of text, as for python -m data.prepare",
+    )
+    train.add_argument("--vocab-size", type=int, required=True, help="number of ids, 260 at least")
+    train.add_argument(
+        "--model", type=Path, required=True, metavar="PATH", help="the .model file to write"
+    )
+    train.add_argument(
+        "--json-keys",
+        "--json-key",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="the key of the text in jsonl lines, or the parquet column (default text)",
+    )
+    train.add_argument(
+        "--max-bytes",
+        type=int,
+        default=DEFAULT_TRAINING_BYTES,
+        help="most bytes of text to learn from, taken in order (default %(default)s)",
+    )
+    return made
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``python -m data.tokenizer``."""
+    args = parser().parse_args(argv)
+    key = documents.single_key(args.json_keys)
+    make_folder(args.model.absolute().parent)
+    texts = documents.first_texts(args.input, key, args.max_bytes)
+    sentencepiece_model.train(texts, args.vocab_size, args.model)
+    trained = sentencepiece_model.SentencePieceTokenizer(args.model)
+    print(
+        f"{args.model} vocab_size={trained.vocab_size} eod={trained.eod} fingerprint={trained.fingerprint[:16]}"
+    )
+
+
+if __name__ == "__main__":
+    with exit_on_fatal():
+        main(sys.argv[1:])
