@@ -21,9 +21,10 @@ From text to batches in five lines::
         --tokenizer-type SentencePieceTokenizer --tokenizer-model corpus/bpe.model
     pretrain_moe.py --data-path 0.5 corpus/code 0.5 corpus/english ...
 
-The words used throughout: a *document* is one sequence of a ``.bin`` file; a *sample* is ``seq_length + 1``
-tokens cut from documents in shuffled order; a *domain* is one ``.bin``/``.idx`` pair of a blend; a *sample id*
-is the position of a sample in its (blended) dataset and does not depend on how many ranks read it.
+The words used throughout: a *document* is one sequence of a ``.bin`` file; a *sample* is
+``seq_length + 1`` tokens cut from documents in shuffled order; a *domain* is one ``.bin``/``.idx``
+pair of a blend; a *sample id* is the position of a sample in its (blended) dataset and does not
+depend on how many ranks read it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Imports a public name when it is first used, so that ``python -m data.prepare`` loads what it needs."""
+    """Imports a public name when it is first used, so that ``python -m data.prepare`` loads what it
+    needs.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module 'data' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,14 +1,16 @@
 """Several domains by weight: which domain gives sample n, and which of its samples.
 
-At every length n each domain has given floor(n * w) or ceil(n * w) samples: never a whole sample away from its weight.
-Megatron-LM's greedy rule (take the domain furthest behind) keeps this for two domains only.  The j-th sample of a domain
-of weight w has a window: not before (j - 1)/w, not after j/w.  Serving, among the open windows, the one that closes first
-meets every window (unit jobs with total load 1 on one machine: Liu and Layland 1973; Baruah et al. 1996, "Proportionate
-Progress").  The choice at n never looks ahead, so a longer run begins with the same samples.
+At every length n each domain has given floor(n * w) or ceil(n * w) samples: never a whole sample
+away from its weight. Megatron-LM's greedy rule (take the domain furthest behind) keeps this for two
+domains only.  The j-th sample of a domain of weight w has a window: not before (j - 1)/w, not after
+j/w.  Serving, among the open windows, the one that closes first meets every window (unit jobs with
+total load 1 on one machine: Liu and Layland 1973; Baruah et al. 1996, "Proportionate Progress").
+The choice at n never looks ahead, so a longer run begins with the same samples.
 
-Weights are fractions with a common denominator, the period, after which the sequence repeats: one period is stored and
-any n is found at once.  Weights whose denominator exceeds `LONGEST_PERIOD` (for instance sizes in tokens) are rounded to
-1/`LONGEST_PERIOD`: at n samples this moves a domain by n/8,388,608 samples at most.
+Weights are fractions with a common denominator, the period, after which the sequence repeats: one
+period is stored and any n is found at once.  Weights whose denominator exceeds `LONGEST_PERIOD`
+(for instance sizes in tokens) are rounded to 1/`LONGEST_PERIOD`: at n samples this moves a domain
+by n/8,388,608 samples at most.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ def _number(word: str) -> Fraction | None:
 
 
 def parts_of(weights: Sequence[Fraction | int], longest: int = LONGEST_PERIOD) -> list[int]:
-    """Whole parts in the ratio of the weights, with no common divisor; their sum is the period, ``longest`` at most.
+    """Whole parts in the ratio of the weights, with no common divisor; their sum is the period,
+    ``longest`` at most.
 
     Rounding is by largest remainder, and each domain keeps at least one part.
     """
@@ -118,7 +121,8 @@ def build_period(parts: Sequence[int], num_samples: int) -> dict[str, np.ndarray
     """One period, or its beginning where fewer samples are wanted.
 
     Returns:
-        ``domains`` int16 [P] and ``indices`` int64 [P]: sample n of the blend is sample ``indices[n]`` of its domain.
+        ``domains`` int16 [P] and ``indices`` int64 [P]: sample n of the blend is sample
+        ``indices[n]`` of its domain.
     """
     domains = interleave(parts, min(sum(parts), num_samples))
     indices = np.empty(len(domains), dtype=np.int64)

@@ -1,10 +1,11 @@
 """Indices on disk: built once by one rank, verified by every reader, rebuilt when bad.
 
-An entry is a folder-less group of files ``KEY.NAME.npy`` and ``KEY.json`` with the shape, type and SHA-256 of each;
-the JSON is written last.  Each file is written to a temporary name, fsynced and renamed, so that two jobs that build
-the same entry at once write the same bytes and nobody sees half a file.  A reader that finds no good entry (another
-node's disk, a damaged file) builds the arrays in its own memory: they are pure functions of the data.
-``numpy.load`` runs with ``allow_pickle=False``: a pickle renamed to .npy is refused, not executed.
+An entry is a folder-less group of files ``KEY.NAME.npy`` and ``KEY.json`` with the shape, type and
+SHA-256 of each; the JSON is written last.  Each file is written to a temporary name, fsynced and
+renamed, so that two jobs that build the same entry at once write the same bytes and nobody sees
+half a file.  A reader that finds no good entry (another node's disk, a damaged file) builds the
+arrays in its own memory: they are pure functions of the data. ``numpy.load`` runs with
+``allow_pickle=False``: a pickle renamed to .npy is refused, not executed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class IndexCache:
 
     Args:
         folder: where entries live; created when it is first written to.
-        required: a folder that cannot be written to is an error (the user named it), else one warning.
+        required: a folder that cannot be written to is an error (the user named it), else one
+            warning.
     """
 
     def __init__(self, folder: Path, required: bool):

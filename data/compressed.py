@@ -1,4 +1,6 @@
-"""Byte streams of plain, gzip and zstandard files; a truncated or damaged stream is an error, never a short file."""
+"""Byte streams of plain, gzip and zstandard files; a truncated or damaged stream is an error, never
+a short file.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class _ChunkStream(io.RawIOBase):
 
 
 def _zstd_chunks(stream: BinaryIO) -> Iterator[bytes]:
-    """Decompressed chunks of all frames.  zstandard's own reader takes a cut frame for the end of the file."""
+    """Decompressed chunks of all frames.  zstandard's own reader takes a cut frame for the end of
+    the file.
+    """
     zstandard = require_zstandard()
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_LARGEST_WINDOW)
     frame = None
@@ -76,7 +80,8 @@ def open_bytes(path: Path, compression: str) -> Iterator[BinaryIO]:
     """Opens ``path`` for reading bytes; ``compression`` is "", ".gz" or ".zst".
 
     Raises:
-        DataError: the compressed stream is truncated or damaged (raised from the reading code inside the block).
+        DataError: the compressed stream is truncated or damaged (raised from the reading code
+            inside the block).
     """
     try:
         with open(path, "rb") as raw:

@@ -3,11 +3,12 @@
 Two domains, so that expert specialisation can be seen:
 
 - ``code.jsonl``: the standard library's modules, one document a file, docstrings taken out;
-- ``english.jsonl``: the language's reference topics (``pydoc_data.topics``), the docstrings of the same modules
-  (one document a module), licence and README texts.
+- ``english.jsonl``: the language's reference topics (``pydoc_data.topics``), the docstrings of the
+  same modules (one document a module), licence and README texts.
 
-Each line is ``{"text": ..., "source": ...}``.  Documents come in the order of their source, exact duplicates and
-very short ones are dropped, so the same interpreter gives the same bytes.  ``manifest.json`` counts documents and bytes.
+Each line is ``{"text": ..., "source": ...}``.  Documents come in the order of their source, exact
+duplicates and very short ones are dropped, so the same interpreter gives the same bytes.
+``manifest.json`` counts documents and bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from data.command import CommandLine
 from data.storage import atomic_file, make_folder, write_json
 from megatron_ext.errors import DataError, exit_on_fatal
 
@@ -148,7 +150,9 @@ def chosen(documents: Iterable[Document], max_bytes: int) -> Iterator[Document]:
 
 
 def write_domain(path: Path, documents: Iterable[Document]) -> dict[str, int]:
-    """Writes one jsonl file; returns its counts (``bytes`` are of text, without the JSON around it)."""
+    """Writes one jsonl file; returns its counts (``bytes`` are of text, without the JSON around
+    it).
+    """
     count = text_bytes = 0
     with atomic_file(path) as stream:
         for source, text in documents:
@@ -166,7 +170,9 @@ def write_domain(path: Path, documents: Iterable[Document]) -> dict[str, int]:
 
 
 def build(out: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> dict:
-    """Writes ``code.jsonl``, ``english.jsonl`` and ``manifest.json`` into ``out``; returns the manifest."""
+    """Writes ``code.jsonl``, ``english.jsonl`` and ``manifest.json`` into ``out``; returns the
+    manifest.
+    """
     make_folder(out)
     library = library_folder()
     domains = {"code": code_documents(library), "english": english_documents(library)}
@@ -181,12 +187,7 @@ def build(out: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> dict:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m data.corpus",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = CommandLine("python -m data.corpus", __doc__)
     made.add_argument(
         "--out",
         type=Path,

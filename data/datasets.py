@@ -1,8 +1,10 @@
-"""The datasets of a run: data files, checked, cut, blended, one object for each of train, valid and test.
+"""The datasets of a run: data files, checked, cut, blended, one object for each of train, valid and
+test.
 
-Every rank opens and checks the files.  One rank (``is_builder``) also scans the ids and writes the index cache; after
-the barrier all ranks read what it wrote.  A builder's error is raised after the barrier, and what a scan found is read
-by all ranks, so that they end together with the same message.
+Every rank opens and checks the files.  One rank (``is_builder``) also scans the ids and writes the
+index cache; after the barrier all ranks read what it wrote.  A builder's error is raised after the
+barrier, and what a scan found is read by all ranks, so that they end together with the same
+message.
 """
 
 from __future__ import annotations
@@ -72,16 +74,20 @@ def open_datasets(
     """Opens train, valid and test.
 
     Args:
-        data_cfg: has data_path, train_data_path, valid_data_path, test_data_path, per_split_data_args_path, split,
-            mock_data, data_cache_path, mmap_bin_files, reset_position_ids, reset_attention_mask, eod_mask_loss.
+        data_cfg: has data_path, train_data_path, valid_data_path, test_data_path,
+            per_split_data_args_path, split, mock_data, data_cache_path, mmap_bin_files,
+            reset_position_ids, reset_attention_mask, eod_mask_loss.
         seq_length: tokens of a sample, without the label of the last one.
         num_samples: samples of each split; 0: the split is not opened; None: one epoch.
-        vocab_size: ids of the files must be below it (give the tokenizer's size, not the padded one).
-        is_builder: this rank scans and writes the cache: one rank, or one a node where the disk is not shared.
+        vocab_size: ids of the files must be below it (give the tokenizer's size, not the padded
+            one).
+        is_builder: this rank scans and writes the cache: one rank, or one a node where the disk is
+            not shared.
         barrier: returns when all ranks have called it; called once.
 
     Raises:
-        ConfigError: flags that contradict each other.  DataError: bad files.  DiskError: --data-cache-path.
+        ConfigError: flags that contradict each other.  DataError: bad files.  DiskError:
+            --data-cache-path.
     """
     rules = Rules(
         eod,
@@ -128,7 +134,9 @@ def open_datasets(
 
 
 def blends_of(data_cfg) -> list[list[blend.BlendEntry]]:
-    """The blend of each split; the same list three times where --split divides the documents of --data-path."""
+    """The blend of each split; the same list three times where --split divides the documents of
+    --data-path.
+    """
     per_split = [getattr(data_cfg, f"{name}_data_path", None) for name in SPLIT_NAMES]
     arguments = getattr(data_cfg, "per_split_data_args_path", None)
     given = [
@@ -240,8 +248,8 @@ def _blended(
 def _warn_if_short(opening: _Opening, member: PackedDataset, split: int) -> None:
     if member.num_tokens <= opening.seq_length:
         opening.warnings.append(
-            f"{SPLIT_NAMES[split]}: {member.file.prefix} has {member.num_tokens} tokens there, less than one sample "
-            f"of {opening.seq_length + 1}: each sample repeats them"
+            f"{SPLIT_NAMES[split]}: {member.file.prefix} has {member.num_tokens} tokens there, "
+            f"less than one sample of {opening.seq_length + 1}: each sample repeats them"
         )
 
 

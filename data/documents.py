@@ -1,8 +1,9 @@
 """Documents from files: ``.txt .md .py .jsonl .parquet``, each also as ``.gz`` or ``.zst``.
 
-A text file is one document; a jsonl line and a parquet row are one document each (the value of one key).  What is
-not a document is skipped and counted with its reason, never silently: binary or non-UTF-8 text, a line without the
-key, a value that is not a string, a blank document.  Order is fixed: inputs as given, a folder's files by path.
+A text file is one document; a jsonl line and a parquet row are one document each (the value of one
+key).  What is not a document is skipped and counted with its reason, never silently: binary or
+non-UTF-8 text, a line without the key, a value that is not a string, a blank document.  Order is
+fixed: inputs as given, a folder's files by path.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a source: lines that begin in bytes [start, end) of a jsonl, row groups [start, end) of a parquet.
+    """Part of a source: lines that begin in bytes [start, end) of a jsonl, row groups [start, end)
+    of a parquet.
 
     Other files are read whole and ignore the range.
     """
@@ -71,10 +73,14 @@ class Piece:
     source: Source
     start: int
     end: int
+    size: int
+    """Bytes on disk, about."""
 
 
 def single_key(keys: Sequence[str]) -> str:
-    """The one key of ``--json-keys`` (Megatron-LM writes one file a key; here each key is its own run)."""
+    """The one key of ``--json-keys`` (Megatron-LM writes one file a key; here each key is its own
+    run).
+    """
     if len(keys) != 1:
         raise ConfigError(
             f"--json-keys {' '.join(keys)} names {len(keys)} keys, one is allowed",
@@ -92,7 +98,9 @@ def kind_of(path: Path) -> tuple[str, str] | None:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Files below a folder by path, without hidden files and folders (their names begin with a dot)."""
+    """Files below a folder by path, without hidden files and folders (their names begin with a
+    dot).
+    """
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -149,7 +157,7 @@ def whole(source: Source) -> Piece:
         if splits_by_rows(source)
         else source.size
     )
-    return Piece(source, 0, end)
+    return Piece(source, 0, end, source.size)
 
 
 def splits_by_rows(source: Source) -> bool:

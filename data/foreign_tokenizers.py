@@ -1,7 +1,9 @@
-"""Tokenizers that others trained: Hugging Face, GPT-2 BPE, tiktoken, and the null tokenizer of benchmarks.
+"""Tokenizers that others trained: Hugging Face, GPT-2 BPE, tiktoken, and the null tokenizer of
+benchmarks.
 
-Each needs only local files; the library of each is imported when it is asked for.  Special tokens written out in
-a document's text (``<|endoftext|>``) are encoded as plain text, so that a document cannot forge its own end.
+Each needs only local files; the library of each is imported when it is asked for.  Special tokens
+written out in a document's text (``<|endoftext|>``) are encoded as plain text, so that a document
+cannot forge its own end.
 """
 
 from __future__ import annotations
@@ -58,9 +60,9 @@ def missing_package(tokenizer_type: str, package: str, pin: str) -> ConfigError:
 class HuggingFaceTokenizer:
     """A ``tokenizer.json`` through the ``tokenizers`` library (no transformers, no network).
 
-    As in Megatron-LM, ids include what the tokenizer's own template adds (a leading ``<s>`` for instance).
-    ``eod`` is ``eos_token`` of tokenizer_config.json or special_tokens_map.json beside it, else the first of
-    `EOD_NAMES` in the vocabulary.
+    As in Megatron-LM, ids include what the tokenizer's own template adds (a leading ``<s>`` for
+    instance). ``eod`` is ``eos_token`` of tokenizer_config.json or special_tokens_map.json beside
+    it, else the first of `EOD_NAMES` in the vocabulary.
 
     Args:
         model: ``tokenizer.json`` or a folder that holds it.
@@ -165,10 +167,10 @@ class TikTokenizer:
     """tiktoken over a local vocabulary file.
 
     - Megatron-LM's JSON list ``[{"rank", "token_bytes" (base64), "token_str"}, ...]``: ids 0 to
-      ``num_special_tokens - 1`` are special (``</s>`` = 2 is eod), ranks follow; cut to ``vocab_size``
-      (131,072 by default) as there; pattern v2 by default.
-    - tiktoken's text format ``base64 rank`` a line: ranks are ids, eod ``<|endoftext|>`` is the id after the
-      last rank; pattern cl100k by default.
+      ``num_special_tokens - 1`` are special (``</s>`` = 2 is eod), ranks follow; cut to
+      ``vocab_size`` (131,072 by default) as there; pattern v2 by default.
+    - tiktoken's text format ``base64 rank`` a line: ranks are ids, eod ``<|endoftext|>`` is the id
+      after the last rank; pattern cl100k by default.
     """
 
     def __init__(
@@ -259,7 +261,8 @@ def megatron_ids(
     """(ids of byte strings, ids of special tokens): special ids come first, ranks are moved up."""
     if num_special_tokens < len(TIKTOKEN_SPECIALS):
         raise ConfigError(
-            f"--tiktoken-num-special-tokens {num_special_tokens} is less than {len(TIKTOKEN_SPECIALS)}",
+            f"--tiktoken-num-special-tokens {num_special_tokens} must be "
+            f"{len(TIKTOKEN_SPECIALS)} or more",
             do="use 1000, Megatron-LM's default",
         )
     kept = vocab_size - num_special_tokens
@@ -269,7 +272,9 @@ def megatron_ids(
 
 
 class NullTokenizer:
-    """Texts are numbers: ``"5 17 3"`` is [5, 17, 3].  eod is the id ``vocab_size`` and is added to the size."""
+    """Texts are numbers: ``"5 17 3"`` is [5, 17, 3].  eod is the id ``vocab_size`` and is added to
+    the size.
+    """
 
     def __init__(self, vocab_size: int):
         self.eod = vocab_size

@@ -12,8 +12,9 @@
                       pointers   first byte of each       N x int64
                       documents  first sequence of each, and N at the end   (D + 1) x int64
 
-megatron-core's reader takes negative lengths and wrong pointers without a word and finds a short ``.bin`` when that
-sample is read, maybe days later.  Here everything is checked when the pair is opened.
+megatron-core's reader takes negative lengths and wrong pointers without a word and finds a short
+``.bin`` when that sample is read, maybe days later.  Here everything is checked when the pair is
+opened.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class IndexedFile:
 
     Args:
         prefix: path without ``.bin`` or ``.idx``.
-        mmap: read the ``.bin`` through the page cache by mapping it; else by pread (slow network disks).
+        mmap: read the ``.bin`` through the page cache by mapping it; else by pread (slow network
+            disks).
 
     Attributes:
         lengths: int32 [N], tokens of each document.
@@ -82,7 +84,8 @@ class IndexedFile:
         dtype: of the ids on disk.
 
     Raises:
-        DataError: missing, empty, truncated, foreign or inconsistent files, with offset and numbers.
+        DataError: missing, empty, truncated, foreign or inconsistent files, with offset and
+            numbers.
     """
 
     def __init__(self, prefix: str | Path, mmap: bool = True):
@@ -147,7 +150,7 @@ class IndexedFile:
             except OSError as error:
                 raise DataError(
                     f"{path.suffix} file of the data path cannot be read: {error.strerror}",
-                    do="give --data-path the prefix without .bin/.idx, or run python -m data.prepare",
+                    do="give --data-path a prefix without .bin/.idx that data.prepare made",
                     path=path,
                 ) from None
             if size == 0:
@@ -186,8 +189,8 @@ class IndexedFile:
         if size != expected:
             state = "truncated" if size < expected else "too long"
             raise self._bad(
-                f"{state}: {size} bytes, but {sequences} sequences (offset 18) and {documents} document "
-                f"marks (offset 26) need {expected}",
+                f"{state}: {size} bytes, but {sequences} sequences (offset 18) and {documents} "
+                f"document marks (offset 26) need {expected}",
                 self.idx_path,
             )
         index = np.memmap(self.idx_path, dtype=np.uint8, mode="r")
@@ -205,8 +208,8 @@ class IndexedFile:
             if lengths.min() < 0:
                 at = first + int(np.argmax(lengths < 0))
                 raise self._bad(
-                    f"length of sequence {at} at offset {HEADER.size + 4 * at} is {self.lengths[at]}: "
-                    "lengths are 0 or more",
+                    f"length of sequence {at} at offset {HEADER.size + 4 * at} is "
+                    f"{self.lengths[at]}: lengths are 0 or more",
                     self.idx_path,
                 )
             ends = total + np.cumsum(lengths)
@@ -215,8 +218,9 @@ class IndexedFile:
             if len(wrong):
                 at = first + int(wrong[0])
                 raise self._bad(
-                    f"pointer of sequence {at} at offset {self._at_pointers + 8 * at} is {self._pointers[at]}, "
-                    f"but the lengths before it make {expected[at - first]} bytes",
+                    f"pointer of sequence {at} at offset {self._at_pointers + 8 * at} is "
+                    f"{self._pointers[at]}, but the lengths before it make "
+                    f"{expected[at - first]} bytes",
                     self.idx_path,
                 )
             total = int(ends[-1])

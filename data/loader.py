@@ -1,14 +1,16 @@
 """Batches for a rank: which samples, in which order, as tensors, read ahead by one thread.
 
-The order is a property of the data, not of the layout.  A global batch is the next run of sample ids; micro-batch m of
-data-parallel rank r takes ``consumed + m*mbs*dp + r*mbs + [0, mbs)``.  On dp = 2, micro-batch size 2, from sample 8::
+The order is a property of the data, not of the layout.  A global batch is the next run of sample
+ids; micro-batch m of
+data-parallel rank r takes ``consumed + m*mbs*dp + r*mbs + [0, mbs)``.  On dp = 2, micro-batch size
+2, from sample 8::
 
     micro-batch        0        1          with dp = 4, micro-batch size 1:   0   1
     dp rank 0        8  9    12 13                             dp rank 0      8  12
     dp rank 1       10 11    14 15                             dp rank 1      9  13   ...
 
-so a global batch holds the same samples for every dp, and a resume only needs the number of consumed samples.  All
-ranks of one dp coordinate (tp, cp, pp) read the same samples.
+so a global batch holds the same samples for every dp, and a resume only needs the number of
+consumed samples.  All ranks of one dp coordinate (tp, cp, pp) read the same samples.
 
 Suffixes: B micro-batch, S sequence.
 """
@@ -50,7 +52,9 @@ class TokenBatch:
 
 
 def document_numbers(tokens_BS: np.ndarray, starts: list[np.ndarray], eod: int) -> np.ndarray:
-    """int64 [B, S]: 0, 1, ... along each row; a document begins after eod and where the data says so."""
+    """int64 [B, S]: 0, 1, ... along each row; a document begins after eod and where the data says
+    so.
+    """
     begins = np.zeros(tokens_BS.shape, dtype=bool)
     begins[:, 1:] = tokens_BS[:, :-1] == eod
     for row, positions in zip(begins, starts, strict=True):
@@ -101,10 +105,11 @@ def micro_batch_ids(first: int, micro_batch_size: int, dp_rank: int) -> range:
 
 
 class MicroBatches:
-    """Iterator over a rank's micro-batches; ends before the first one that is not whole on all ranks.
+    """Iterator over a rank's micro-batches; ends before the first one that is not whole on all
+    ranks.
 
-    Global batches of any size (a multiple of micro_batch_size * dp_size) are just more or fewer micro-batches, so a
-    batch-size ramp needs nothing here.
+    Global batches of any size (a multiple of micro_batch_size * dp_size) are just more or fewer
+    micro-batches, so a batch-size ramp needs nothing here.
 
     Args:
         dataset: what `open_datasets` made.

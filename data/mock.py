@@ -1,7 +1,8 @@
 """Data from nowhere (--mock-data): pseudo-documents whose structure a small model can learn.
 
-A document repeats one of `MOTIFS` short phrases and ends with eod.  The next token is nearly always decided by the last
-two, so the loss falls quickly, and a wrong position or mask shows.  Sample i is a pure function of (seed, split, i).
+A document repeats one of `MOTIFS` short phrases and ends with eod.  The next token is nearly always
+decided by the last two, so the loss falls quickly, and a wrong position or mask shows.  Sample i is
+a pure function of (seed, split, i).
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Samples of ``seq_length + 1`` tokens cut from shuffled documents: pure functions, seekable, any epoch at once.
+"""Samples of ``seq_length + 1`` tokens cut from shuffled documents: pure functions, seekable, any
+epoch at once.
 
-The stream of a domain is all its documents in a new order each epoch, one epoch after the other.  Sample ``i`` of the
-uncut stream is tokens ``[i*S, i*S + S]``, so neighbours share one token: it is the last label of one and the first input
-of the next.  A sample belongs to the epoch in which it begins (the last one runs on into the next epoch), and inside an
+The stream of a domain is all its documents in a new order each epoch, one epoch after the other.
+Sample ``i`` of the uncut stream is tokens ``[i*S, i*S + S]``, so neighbours share one token: it is
+the last label of one and the first input of the next.  A sample belongs to the epoch in which it
+begins (the last one runs on into the next epoch), and inside an
 epoch samples are served in shuffled order::
 
     documents   A A A B B | C C C C | A A A ...        T = 9 tokens an epoch, S = 4
@@ -10,9 +12,10 @@ epoch samples are served in shuffled order::
                         1 1   1 1 1                    begins in epoch 0
                                   2   2 2 2 2          begins in epoch 0, ends in epoch 1
 
-The order of an epoch depends on (documents, seq_length, seed, epoch) alone: a longer training run, another number of
-ranks or a resume cannot change it.  (Megatron-LM's GPTDataset shuffles all epochs but the last together, so its order
-changes with --train-iters.)  Shuffles use numpy's RandomState, whose stream is frozen for all numpy versions.
+The order of an epoch depends on (documents, seq_length, seed, epoch) alone: a longer training run,
+another number of ranks or a resume cannot change it.  (Megatron-LM's GPTDataset shuffles all epochs
+but the last together, so its order changes with --train-iters.)  Shuffles use numpy's RandomState,
+whose stream is frozen for all numpy versions.
 
 Letters: S seq_length, T tokens an epoch, D documents, n samples that begin in an epoch.
 """
@@ -55,7 +58,8 @@ class EpochIndex:
     documents: np.ndarray
     """int32|int64 [D]: documents in the order of this epoch."""
     entries: np.ndarray
-    """int32|int64 [n]: for each sample in stream order, the place in ``documents`` where it begins."""
+    """int32|int64 [n]: for each sample in stream order, the place in ``documents`` where it begins.
+    """
     offsets: np.ndarray
     """int32 [n]: tokens of that document before it begins."""
     order: np.ndarray
@@ -91,7 +95,8 @@ def fragments(
     seq_length: int,
     epoch_index: Callable[[int], EpochIndex],
 ) -> Iterator[tuple[int, int, int]]:
-    """(document, first token in it, count) of the pieces of a sample; counts sum to ``seq_length + 1``.
+    """(document, first token in it, count) of the pieces of a sample; counts sum to ``seq_length +
+    1``.
 
     Args:
         sample: position in the order of serving.
@@ -119,7 +124,8 @@ def fragments(
 def split_ranges(split: str, documents: int) -> list[tuple[int, int]]:
     """[first, stop) of the documents of train, valid and test, by Megatron-LM's arithmetic.
 
-    "969,30,1" is normalised to shares, whose running sums times the number of documents are rounded.
+    "969,30,1" is normalised to shares, whose running sums times the number of documents are
+    rounded.
     """
     shares = split_shares(split)
     sums = [0.0]

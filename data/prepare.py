@@ -1,12 +1,14 @@
 """Text to Megatron's ``.bin``/``.idx``, with many processes, resumable, the same bytes every time.
 
-    python -m data.prepare --input corpus/code.jsonl more/ --output tokens/code --append-eod --workers 8 \\
-        --tokenizer-type SentencePieceTokenizer --tokenizer-model corpus/bpe.model
+    python -m data.prepare --input corpus/code.jsonl more/ --output tokens/code \\
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model corpus/bpe.model \\
+        --append-eod --workers 8
 
-writes tokens/code.bin, tokens/code.idx and tokens/code.report.json.  Inputs are files and folders of .txt .md .py
-.jsonl .parquet and .gz/.zst of those.  Killed at any moment, the same command goes on where it was: finished shards
-wait in tokens/code.parts.  Files appear under their final names only when they are complete.  Finished with the same
-settings already: nothing is done; with other settings: refused unless --overwrite.
+writes tokens/code.bin, tokens/code.idx and tokens/code.report.json.  Inputs are files and folders
+of .txt .md .py .jsonl .parquet and .gz/.zst of those.  Killed at any moment, the same command goes
+on where it was: finished shards wait in tokens/code.parts.  Files appear under their final names
+only when they are complete.  Finished with the same settings already: nothing is done; with other
+settings: refused unless --overwrite.
 """
 
 from __future__ import annotations
@@ -18,19 +20,16 @@ import json
 import os
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from data import documents, indexed, shards
+from data.command import CommandLine
 from data.scan import spot_sha256
 from data.storage import (
     HASH_CHUNK_BYTES,
@@ -43,10 +42,12 @@ from data.storage import (
     write_json,
 )
 from data.tokenizer import Tokenizer, add_tokenizer_flags, tokenizer_of
-from megatron_ext.errors import ConfigError, DataError, Fatal, LockedError, exit_on_fatal
+from data.workers import run_shards
+from megatron_ext.errors import ConfigError, DataError, LockedError, exit_on_fatal
 
 FORMAT = 1
-PARENT_CHECK_S = 1.0
+INTERRUPTED = 130
+OUTPUT_FILES = 3
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def prepare(job: Job, args: argparse.Namespace, skipped: documents.Skipped) -> d
         if done is not None:
             return {**done, "already_done": True}
         plan = shards.plan(job.sources)
-        facts = run_shards(job, plan, args)
+        recipe = shards.Recipe(job.parts, job.key, job.append_eod)
+        facts = run_shards(recipe, plan, job.tokenizer, args)
         total = shards.total_facts(facts)
         skipped.merge(total.skipped)
         total.skipped = skipped
@@ -116,13 +118,20 @@ def locked(job: Job) -> Iterator[None]:
 
 
 def finished_report(job: Job, overwrite: bool) -> dict | None:
-    """The report where the output is already there with these settings; refuses to touch anything else's."""
+    """The report where the output is already there with these settings; refuses to touch anything
+    else's.
+    """
     outputs = [path for path in (*indexed.paths_of(job.prefix), job.report) if path.exists()]
     settings = job.settings_sha256()
     started = read_json(job.parts / "settings.json") or {}
     same_parts = started.get("settings_sha256") == settings
     report = read_json(job.report)
-    if report and report.get("settings_sha256") == settings and len(outputs) == 3 and not overwrite:  # noqa: PLR2004
+    if (
+        report
+        and report.get("settings_sha256") == settings
+        and len(outputs) == OUTPUT_FILES
+        and not overwrite
+    ):  # noqa: PLR2004
         bin_path, idx_path = indexed.paths_of(job.prefix)
         if sha256_of(idx_path) == report.get(
             "idx_sha256"
@@ -142,119 +151,6 @@ def finished_report(job: Job, overwrite: bool) -> dict | None:
     make_folder(job.parts)
     write_json(job.parts / "settings.json", {"settings_sha256": settings})
     return None
-
-
-def run_shards(
-    job: Job, plan: list[list[documents.Piece]], args: argparse.Namespace
-) -> list[shards.ShardFacts]:
-    """Facts of all shards in order; finished ones are kept, the others run on ``--workers`` processes."""
-    done = shards.finished_shards(job.parts)
-    total_bytes = sum(source.size for source in job.sources)
-    need = sum(facts.bin_bytes for facts in done.values())
-    require_space(job.parts, max(0, total_bytes // 4 - need))
-    progress = Progress(len(plan), done)
-    open_shards = [shard for shard in range(len(plan)) if shard not in done]
-    runs = (
-        run_here(job, plan, open_shards)
-        if args.workers == 1
-        else run_pool(job, plan, open_shards, args)
-    )
-    for facts in runs:
-        shards.append_to_journal(job.parts, facts)
-        done[facts.shard] = facts
-        progress.show()
-    progress.end()
-    return [done[shard] for shard in range(len(plan))]
-
-
-def run_here(
-    job: Job, plan: list[list[documents.Piece]], open_shards: list[int]
-) -> Iterator[shards.ShardFacts]:
-    """Shards one after the other in this process."""
-    for shard in open_shards:
-        yield shards.write_shard(
-            job.parts, shard, plan[shard], job.tokenizer, job.key, job.append_eod
-        )
-
-
-def run_pool(
-    job: Job, plan: list[list[documents.Piece]], open_shards: list[int], args: argparse.Namespace
-) -> Iterator[shards.ShardFacts]:
-    """Shards as worker processes finish them."""
-    workers = min(args.workers, max(1, len(open_shards)))
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), Worker.start, (args, os.getpid()))
-    try:
-        tasks = [
-            pool.submit(Worker.run, job.parts, shard, plan[shard], job.key, job.append_eod)
-            for shard in open_shards
-        ]
-        for task in as_completed(tasks):
-            yield task.result()
-    except BrokenProcessPool:
-        raise Fatal(
-            "a worker process died (killed, or out of memory)",
-            do="run the same command again: finished shards are kept; use fewer --workers if memory is short",
-            path=job.parts,
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-class Worker:
-    """The state of one worker process: its tokenizer, loaded once."""
-
-    tokenizer: Tokenizer
-
-    @classmethod
-    def start(cls, args: argparse.Namespace, parent: int) -> None:
-        """Loads the tokenizer and ends with the parent, also when that is killed."""
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-        cls.tokenizer = tokenizer_of(args)
-
-    @classmethod
-    def run(
-        cls, folder: Path, shard: int, pieces: list[documents.Piece], key: str, append_eod: bool
-    ) -> shards.ShardFacts:
-        """One shard."""
-        return shards.write_shard(folder, shard, pieces, cls.tokenizer, key, append_eod)
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process soon after ``parent`` has gone."""
-    while os.getppid() == parent:
-        time.sleep(PARENT_CHECK_S)
-    os._exit(1)
-
-
-class Progress:
-    """A line that counts shards, on a terminal only."""
-
-    def __init__(self, total: int, done: dict[int, shards.ShardFacts]):
-        self.total, self.done, self.started = total, done, time.monotonic()
-        self.kept = len(done)
-        if self.kept:
-            print(f"resume: {self.kept} of {total} shards are finished", file=sys.stderr)
-
-    def show(self) -> None:
-        """Draws the line again."""
-        if not sys.stderr.isatty():
-            return
-        finished = len(self.done)
-        tokens = sum(facts.tokens for facts in self.done.values())
-        rate = (finished - self.kept) / max(1e-9, time.monotonic() - self.started)
-        left_s = (self.total - finished) / max(1e-9, rate)
-        bar = "#" * (30 * finished // self.total)
-        print(
-            f"\r[{bar:<30}] {finished}/{self.total} shards, {tokens / 1e6:.1f} Mtokens, {left_s:.0f} s left ",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def end(self) -> None:
-        """Leaves the line."""
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
 
 
 def join_shards(
@@ -284,7 +180,9 @@ def join_shards(
 def make_report(
     job: Job, total: shards.ShardFacts, hashes: dict[str, str], seconds: float, workers: int
 ) -> dict:
-    """The content of PREFIX.report.json; all but ``run`` and the file's time is the same for every run."""
+    """The content of PREFIX.report.json; all but ``run`` and the file's time is the same for every
+    run.
+    """
     bin_path, _ = indexed.paths_of(job.prefix)
     return {
         "format": FORMAT,
@@ -319,12 +217,7 @@ def make_report(
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m data.prepare",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = CommandLine("python -m data.prepare", __doc__)
     made.add_argument(
         "--input",
         nargs="+",
@@ -384,7 +277,11 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``python -m data.prepare``."""
     args = parser().parse_args(argv)
     job, skipped = job_of(args)
-    report = prepare(job, args, skipped)
+    try:
+        report = prepare(job, args, skipped)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the finished shards", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     left_out = (
         ", ".join(f"{count} {reason}" for reason, count in report["skipped"].items()) or "nothing"
     )

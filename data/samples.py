@@ -185,7 +185,9 @@ class BlendedDataset:
 
 
 def unique_names(prefixes: Sequence[str]) -> tuple[str, ...]:
-    """Short names of domains: the last part of each prefix, with as many folders as make them different."""
+    """Short names of domains: the last part of each prefix, with as many folders as make them
+    different.
+    """
     parts = [Path(prefix).parts for prefix in prefixes]
     for depth in range(1, 1 + max(map(len, parts))):
         names = ["/".join(part[-depth:]) for part in parts]

@@ -1,12 +1,14 @@
 """Every token id of a data file is inside the vocabulary, known before the first forward pass.
 
-An id outside gives a finite, wrong loss in megatron-core (tensor parallelism turns it into a zero vector), so it must
-never reach the model.  Two nets: the whole ``.bin`` is scanned once, and each sample is checked again as it is read
-(`first_outside`), so that a file which changes later is caught too.
+An id outside gives a finite, wrong loss in megatron-core (tensor parallelism turns it into a zero
+vector), so it must never reach the model.  Two nets: the whole ``.bin`` is scanned once, and each
+sample is checked again as it is read (`first_outside`), so that a file which changes later is
+caught too.
 
-A scan of terabytes takes a while, so its result (smallest and largest id) is taken from ``PREFIX.report.json`` when
-the report belongs to these bytes: the same size, and the same time of change or the same hash over `SPOTS` blocks.
-Else it is scanned and kept in the index cache under the file's path, size and time of change.
+A scan of terabytes takes a while, so its result (smallest and largest id) is taken from
+``PREFIX.report.json`` when the report belongs to these bytes: the same size, and the same time of
+change or the same hash over `SPOTS` blocks. Else it is scanned and kept in the index cache under
+the file's path, size and time of change.
 """
 
 from __future__ import annotations
@@ -90,8 +92,10 @@ def outside(
 ) -> DataError:
     """The error that names an id outside the vocabulary."""
     return DataError(
-        f"token id {token} in document {document} at position {position}: the vocabulary is 0 to {vocab_size - 1}",
-        do=f"prepare the data with the tokenizer of this run, or set --vocab-size above {max(token, 0)}",
+        f"token id {token} in document {document} at position {position}: "
+        f"the vocabulary is 0 to {vocab_size - 1}",
+        do=f"prepare the data with the tokenizer of this run, or set "
+        f"--vocab-size above {max(token, 0)}",
         path=file.bin_path,
     )
 
@@ -102,7 +106,9 @@ def needs_no_scan(file: IndexedFile, vocab_size: int) -> bool:
 
 
 def first_outside(tokens: np.ndarray, vocab_size: int) -> int | None:
-    """Index of the first token outside [0, vocab_size), or None: the check of each sample that is read."""
+    """Index of the first token outside [0, vocab_size), or None: the check of each sample that is
+    read.
+    """
     if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab_size):
         return int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
     return None

@@ -1,12 +1,12 @@
 """Sentencepiece: a BPE model that can say any text, and the reader of anybody's model.
 
-A model trained here has no unknown token (byte fallback) and changes nothing of the text: no normalisation, no
-prefix space, runs of spaces kept, newlines inside pieces (``":\\n"``).  ``decode(encode(text)) == text`` for every
-Unicode text.  One character needs care: sentencepiece writes a space as U+2581, so a text's own U+2581 is sent
-through its three byte tokens.
+A model trained here has no unknown token (byte fallback) and changes nothing of the text: no
+normalisation, no prefix space, runs of spaces kept, newlines inside pieces (``":\\n"``).
+``decode(encode(text)) == text`` for every Unicode text.  One character needs care: sentencepiece
+writes a space as U+2581, so a text's own U+2581 is sent through its three byte tokens.
 
-Training is deterministic: one thread, no sampling, and the model is written to memory, so that its bytes do not
-hold a path.  BPE: arXiv 1508.07909; sentencepiece: arXiv 1808.06226.
+Training is deterministic: one thread, no sampling, and the model is written to memory, so that its
+bytes do not hold a path.  BPE: arXiv 1508.07909; sentencepiece: arXiv 1808.06226.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from megatron_ext.errors import ConfigError, DataError
 
 SPACE_MARK = "\u2581"
 RESERVED_IN_TRAINING = re.compile("[\t\u2581\u2585]")
-"""Sentencepiece drops training lines with its own marks (tab, space, unknown): cut the lines there instead."""
+"""Sentencepiece drops training lines with its own marks (tab, space, unknown): cut the lines there
+instead.
+"""
 TRAINING_LINE_CHARACTERS = 2000
 EOD_PIECES = ("<eod>", "<EOD>", "<|endoftext|>")
 BYTE_VALUES = 256
@@ -52,7 +54,9 @@ def training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def train(texts: Iterable[str], vocab_size: int, model: Path) -> None:
-    """Trains a BPE model of exactly ``vocab_size`` pieces: 3 control pieces, 256 bytes, the rest merges."""
+    """Trains a BPE model of exactly ``vocab_size`` pieces: 3 control pieces, 256 bytes, the rest
+    merges.
+    """
     least = BYTE_VALUES + CONTROL_PIECES + 1
     if vocab_size < least:
         raise ConfigError(
@@ -93,8 +97,8 @@ def train(texts: Iterable[str], vocab_size: int, model: Path) -> None:
 class SentencePieceTokenizer:
     """Reads a sentencepiece model.
 
-    ``eod`` is the piece ``<eod>``, ``<EOD>`` or ``<|endoftext|>`` where the model has one, else ``</s>``.
-    No id is added to the model's own (Megatron-LM appends ``<EOD>`` where it is missing).
+    ``eod`` is the piece ``<eod>``, ``<EOD>`` or ``<|endoftext|>`` where the model has one, else
+    ``</s>``. No id is added to the model's own (Megatron-LM appends ``<EOD>`` where it is missing).
 
     Args:
         model: the ``.model`` file.
@@ -146,7 +150,9 @@ class SentencePieceTokenizer:
         return lengths
 
     def _space_mark_ids(self) -> list[int] | None:
-        """Byte ids of U+2581, or None for a foreign model in which they cannot be said without loss."""
+        """Byte ids of U+2581, or None for a foreign model in which they cannot be said without
+        loss.
+        """
         ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode("utf-8")]
         adds_prefix = self.processor.encode_as_pieces("a")[0].startswith(SPACE_MARK)
         return None if adds_prefix or not all(map(self.processor.is_byte, ids)) else ids

@@ -1,10 +1,10 @@
 """The work of `data.prepare` in pieces that can be redone: plan, one shard, journal.
 
-The plan depends on the input files only.  A worker turns a shard into ``shard-000012.bin`` (ids) and
-``shard-000012.len`` (int64 lengths) under temporary names, fsyncs and renames them.  The parent then appends the
-shard's facts with both hashes to ``journal.jsonl`` and fsyncs it.  After a kill, shards whose files still match
-their line are kept and the others are done again; the output is the shards in order, so it is the same bytes for
-any number of workers and any number of kills.
+The plan depends on the input files only.  A worker turns a shard into ``shard-000012.bin`` (ids)
+and ``shard-000012.len`` (int64 lengths) under temporary names, fsyncs and renames them.  The parent
+then appends the shard's facts with both hashes to ``journal.jsonl`` and fsyncs it.  After a kill,
+shards whose files still match their line are kept and the others are done again; the output is the
+shards in order, so it is the same bytes for any number of workers and any number of kills.
 """
 
 from __future__ import annotations
@@ -49,23 +49,25 @@ class ShardFacts:
 
 
 def shard_bytes(sources: list[Source]) -> int:
-    """Bytes of input in a shard: about `SHARDS_WANTED` shards, within limits; depends on the inputs only."""
+    """Bytes of input in a shard: about `SHARDS_WANTED` shards, within limits; depends on the inputs
+    only.
+    """
     total = sum(source.size for source in sources)
     return min(LARGEST_SHARD_BYTES, max(SMALLEST_SHARD_BYTES, total // SHARDS_WANTED))
 
 
-def pieces_of(source: Source, target: int) -> Iterator[tuple[Piece, int]]:
-    """(piece, bytes) of a source, in the order of its documents."""
+def pieces_of(source: Source, target: int) -> Iterator[Piece]:
+    """The pieces of a source, in the order of its documents."""
     if source.kind == "jsonl" and not source.compression:
         for start in range(0, source.size, target):
             end = min(source.size, start + target)
-            yield Piece(source, start, end), end - start
+            yield Piece(source, start, end, end - start)
     elif splits_by_rows(source):
         groups = max(1, whole(source).end)
         for group in range(groups):
-            yield Piece(source, group, group + 1), source.size // groups
+            yield Piece(source, group, group + 1, source.size // groups)
     else:
-        yield Piece(source, 0, source.size), source.size
+        yield Piece(source, 0, source.size, source.size)
 
 
 def plan(sources: list[Source]) -> list[list[Piece]]:
@@ -74,12 +76,12 @@ def plan(sources: list[Source]) -> list[list[Piece]]:
     shards: list[list[Piece]] = [[]]
     filled = 0
     for source in sources:
-        for piece, size in pieces_of(source, target):
-            if shards[-1] and filled + size > target:
+        for piece in pieces_of(source, target):
+            if shards[-1] and filled + piece.size > target:
                 shards.append([])
                 filled = 0
             shards[-1].append(piece)
-            filled += size
+            filled += piece.size
     return shards
 
 
@@ -88,19 +90,30 @@ def shard_paths(folder: Path, shard: int) -> tuple[Path, Path]:
     return folder / f"shard-{shard:06d}.bin", folder / f"shard-{shard:06d}.len"
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How shards are made, beside the tokenizer."""
+
+    folder: Path
+    """Where they are written."""
+    key: str
+    """Of the text in jsonl lines and parquet columns."""
+    append_eod: bool
+
+
 def write_shard(
-    folder: Path, shard: int, pieces: list[Piece], tokenizer: Tokenizer, key: str, append_eod: bool
+    recipe: Recipe, shard: int, pieces: list[Piece], tokenizer: Tokenizer
 ) -> ShardFacts:
     """Tokenizes one shard to disk; returns its facts."""
     facts = ShardFacts(shard)
     dtype = token_dtype(tokenizer.vocab_size)
-    bin_path, len_path = shard_paths(folder, shard)
+    bin_path, len_path = shard_paths(recipe.folder, shard)
     lengths: list[int] = []
     digest = hashlib.sha256()
     with atomic_file(bin_path) as stream:
         for piece in pieces:
-            for text in read_piece(piece, key, facts.skipped):
-                ids = encode_checked(tokenizer, text, append_eod, piece)
+            for text in read_piece(piece, recipe.key, facts.skipped):
+                ids = encode_checked(tokenizer, text, recipe.append_eod, piece)
                 content = ids.astype(dtype).tobytes()
                 digest.update(content)
                 stream.write(content)
@@ -125,8 +138,8 @@ def encode_checked(tokenizer: Tokenizer, text: str, append_eod: bool, piece: Pie
         )
     if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
         raise DataError(
-            f"the tokenizer gave id {ids.max() if ids.min() >= 0 else ids.min()}, its vocabulary is "
-            f"0 to {tokenizer.vocab_size - 1}",
+            f"the tokenizer gave id {ids.max() if ids.min() >= 0 else ids.min()}, "
+            f"its vocabulary is 0 to {tokenizer.vocab_size - 1}",
             do="use a tokenizer file that is whole",
             path=piece.source.path,
         )

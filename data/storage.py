@@ -1,7 +1,7 @@
 """Files that are complete or absent: write to a temporary name, fsync, rename, fsync the folder.
 
-Errors of the disk (full, read-only, quota, I/O) become one `DiskError` naming the path and, where it can be
-known, the bytes needed and the bytes free.
+Errors of the disk (full, read-only, quota, I/O) become one `DiskError` naming the path and, where
+it can be known, the bytes needed and the bytes free.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def fsync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path, need_bytes: int | None = None) -> Iterator[BinaryIO]:
-    """Yields a binary file that becomes ``path`` when the block ends well, and vanishes when it does not."""
+    """Yields a binary file that becomes ``path`` when the block ends well, and vanishes when it
+    does not.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with disk_errors(path, need_bytes):

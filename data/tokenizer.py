@@ -1,14 +1,15 @@
 """Tokenizers by Megatron-LM's names, and the command that trains one.
 
-| --tokenizer-type        | --tokenizer-model                         | eod                                    |
-| ----------------------- | ----------------------------------------- | -------------------------------------- |
-| SentencePieceTokenizer  | .model                                    | <eod>/<EOD>/<|endoftext|>, else </s>   |
-| GPTSentencePieceTokenizer | .model                                  | the same                               |
-| Llama2Tokenizer         | .model; each document begins with <s>     | the same                               |
-| HuggingFaceTokenizer    | tokenizer.json or its folder              | eos_token of tokenizer_config.json     |
-| TikTokenizer            | .json (Megatron-LM) or base64-rank lines  | </s> (json), the id after the last     |
-| GPT2BPETokenizer        | --vocab-file and --merge-file instead     | <|endoftext|>                          |
-| NullTokenizer           | --vocab-size N instead                    | N                                      |
+| --tokenizer-type          | --tokenizer-model                        | eod                    |
+| ------------------------- | ---------------------------------------- | ---------------------- |
+| SentencePieceTokenizer    | .model                                   | `<eod>` ..., or `</s>` |
+| GPTSentencePieceTokenizer | .model                                   | the same               |
+| Llama2Tokenizer           | .model; documents begin with `<s>`       | the same               |
+| HuggingFaceTokenizer      | tokenizer.json or its folder             | its eos_token          |
+| TikTokenizer              | .json (Megatron-LM)                      | `</s>`                 |
+| TikTokenizer              | lines of "base64 rank"                   | the id after the last  |
+| GPT2BPETokenizer          | none: --vocab-file and --merge-file      | `<|endoftext|>`        |
+| NullTokenizer             | none: --vocab-size N                     | N                      |
 
 A training command::
 
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 from data import documents, foreign_tokenizers, sentencepiece_model
+from data.command import CommandLine
 from data.storage import make_folder
 from megatron_ext.errors import ConfigError, exit_on_fatal
 
@@ -70,7 +72,8 @@ def build_tokenizer(
     Args:
         tokenizer_type: a name of the table above.
         tokenizer_model: its file or folder.
-        vocab_size: NullTokenizer: its size without eod; TikTokenizer: where a JSON vocabulary is cut.
+        vocab_size: NullTokenizer: its size without eod; TikTokenizer: where a JSON vocabulary is
+            cut.
         vocab_file, merge_file: GPT2BPETokenizer's two files.
 
     Raises:
@@ -114,7 +117,9 @@ def build_tokenizer(
 
 
 def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that choose a tokenizer, for the data commands (the training program has its own parser)."""
+    """The flags that choose a tokenizer, for the data commands (the training program has its own
+    parser).
+    """
     parser.add_argument(
         "--tokenizer-type",
         required=True,
@@ -160,17 +165,11 @@ def tokenizer_of(args: argparse.Namespace) -> Tokenizer:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m data.tokenizer",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = CommandLine("python -m data.tokenizer", __doc__)
     commands = made.add_subparsers(dest="command", required=True)
     train = commands.add_parser(
         "train",
         help="train a lossless sentencepiece BPE model with byte fallback",
-        allow_abbrev=False,
     )
     train.add_argument(
         "--input",
@@ -210,7 +209,8 @@ def main(argv: list[str] | None = None) -> None:
     sentencepiece_model.train(texts, args.vocab_size, args.model)
     trained = sentencepiece_model.SentencePieceTokenizer(args.model)
     print(
-        f"{args.model} vocab_size={trained.vocab_size} eod={trained.eod} fingerprint={trained.fingerprint[:16]}"
+        f"{args.model} vocab_size={trained.vocab_size} eod={trained.eod} "
+        f"fingerprint={trained.fingerprint[:16]}"
     )
 
 
