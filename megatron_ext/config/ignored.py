@@ -17,6 +17,7 @@ FT = "NVIDIA's resiliency extension is not used"
 ONE_LOGGER = "NVIDIA's internal one-logger is not used"
 STRAGGLER = "Megatron-LM's straggler detector (it opens an unauthenticated port) is not used"
 RERUN = "the rerun engine is not used; a NaN loss stops the run with exit code 76"
+MSC = "the multi-storage client is not used"
 CONVERT = "no conversion while training"
 REPLICATION = "local replicated checkpoints are not built yet"
 REMOVED = "Megatron-LM removed this flag"
@@ -96,9 +97,8 @@ INERT: tuple[Inert, ...] = (
         RERUN,
     ),
     Inert("check_for_spiky_loss", "bool", False, RERUN),
-    Inert(
-        "enable_msc", "bool", False, "multi-storage client is not used", _spelled("--disable-msc")
-    ),
+    Inert("enable_msc", "bool", False, MSC),
+    Inert("disable_msc", "bool", False, MSC),
     Inert("ckpt_convert_format", "Literal['torch', 'torch_dist'] | None", None, CONVERT),
     Inert("ckpt_convert_save", "str | None", None, CONVERT),
     Inert("ckpt_convert_update_legacy_dist_opt_format", "bool", False, CONVERT),
@@ -186,6 +186,7 @@ NEEDS_TRANSFORMER_ENGINE: dict[str, str] = {
 """dest -> reason, only with ``--transformer-impl local``."""
 
 HARMLESS: dict[str, frozenset] = {
+    "disable_msc": frozenset({True}),
     "attention_backend": frozenset({"auto", "local"}),
     "ckpt_format": frozenset({"torch_dist"}),
     "cross_entropy_fusion_impl": frozenset({"native"}),

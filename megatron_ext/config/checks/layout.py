@@ -58,6 +58,7 @@ def rules(cfg: RunConfig) -> Iterator[Violation]:
     """Rank grid, experts over ranks, tensors over tp, sequence over tp and cp."""
     yield from _dense_grid(cfg)
     yield from _expert_grid(cfg)
+    yield from _order(cfg)
     yield from _experts(cfg)
     yield from _tensors(cfg)
     yield from _sequence(cfg)
@@ -94,7 +95,8 @@ def _expert_grid(cfg: RunConfig) -> Iterator[Violation]:
             f"must divide dp*cp*tp = {fold}",
             f"use {one_of(divisors(fold), etp)}",
         )
-    elif (fold // etp) % ep:
+        return
+    if (fold // etp) % ep:
         experts = cfg.transformer.num_moe_experts
         legal = [d for d in divisors(fold // etp) if not experts or experts % d == 0]
         yield Violation(
@@ -102,6 +104,19 @@ def _expert_grid(cfg: RunConfig) -> Iterator[Violation]:
             ep,
             f"must divide dp*cp*tp/etp = {fold // etp}",
             f"use {one_of(legal, ep)}",
+        )
+
+
+def _order(cfg: RunConfig) -> Iterator[Violation]:
+    """megatron-core: with pp before dp, both folds must have the same data-parallel size."""
+    p = cfg.parallel
+    dp, edp = p.data_parallel_size, p.expert_data_parallel_size
+    if p.use_tp_pp_dp_mapping and p.pipeline_model_parallel_size > 1 and dp and edp and dp != edp:
+        yield Violation(
+            "--use-tp-pp-dp-mapping",
+            None,
+            f"needs world/(tp*cp*pp) = {dp} equal to world/(etp*ep*pp) = {edp}",
+            "remove it, or make ep*etp = tp*cp",
         )
 
 

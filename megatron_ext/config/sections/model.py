@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -31,7 +31,9 @@ class ModelSection:
     use_rotary_position_embeddings: bool = False
     """Old spelling of --position-embedding-type rope."""
 
-    add_position_embedding: bool = True
+    add_position_embedding: bool = field(
+        default=True, metadata={"argparse_meta": {"arg_names": ["--no-position-embedding"]}}
+    )
     """--no-position-embedding is kept for old scripts; only legal with rope."""
 
     rotary_base: int = 10000

@@ -1,0 +1,142 @@
+"""Every flag that Megatron-LM's launch scripts use is parsed, with its default and meaning."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.config import parse
+from megatron_ext.config.argv import spellings_table
+from megatron_ext.config.flags import all_flags
+
+ROWS = list(csv.DictReader(Path(__file__).with_name("megatron_flags.csv").open()))
+
+EXAMPLES = {
+    "--moe-layer-freq": ["([0]*3+[1]*58)"],
+    "--window-attn-skip-freq": ["[1,1,1,0]"],
+    "--window-size": ["(128,0)"],
+    "--recompute-modules": ["core_attn", "moe_act"],
+    "--cuda-graph-scope": ["attn", "moe_router"],
+    "--moe-aux-loss-coeff": ["0.01", "1e-3"],
+    "--pipeline-model-parallel-layout": ["Et|t*3L"],
+    "--data-path": ["0.7", "code", "0.3", "text"],
+}
+EXPECTED = {
+    "--moe-layer-freq": [0] * 3 + [1] * 58,
+    "--window-attn-skip-freq": [1, 1, 1, 0],
+    "--window-size": (128, 0),
+    "--moe-aux-loss-coeff": [0.01, 0.001],
+}
+NOT_PLAIN_DEFAULTS = {
+    # Derived by Megatron-LM from other flags, or None there means megatron-core's own default.
+    "--num-experts",
+    "--moe-hybridep-num-sms",
+    "--rope-type",
+    "--cuda-graph-scope",
+    "--no-load-optim",
+    "--no-load-rng",
+    "--no-save-optim",
+    "--no-save-rng",
+    # A deprecated switch for what is on by default.
+    "--ckpt-fully-parallel-save",
+    # Ours differ, and say so in their help.
+    "--transformer-impl",
+    "--distributed-backend",
+    "--rerun-mode",
+    "--no-one-logger",
+    "--use-mcore-models",
+    "--use-dist-ckpt",
+}
+
+
+def name(row: dict) -> str:
+    return row["flags"].split()[0]
+
+
+def words(row: dict) -> list[str]:
+    if row["action"] != "Store":
+        return []
+    if name(row) in EXAMPLES:
+        return EXAMPLES[name(row)]
+    if row["choices"]:
+        return [str(json.loads(row["choices"])[0])]
+    return ["7"] if row["type"] in ("int", "float") else ["word"]
+
+
+def shown(argv: list[str]) -> dict[str, tuple[object, str]]:
+    """dest -> (value, origin) of a run that only prints its configuration."""
+    cfg = parse([*argv, "--print-config", "json"], {})
+    table = json.loads(cfg.to_json())
+    for extra in ("no_effect", "warnings"):
+        table.pop(extra)
+    entries = ((d, e) for section in table.values() for d, e in section.items())
+    return {dest: (entry["value"], entry["origin"]) for dest, entry in entries}
+
+
+def test_the_fixture_has_all_rows_that_must_parse():
+    assert len(ROWS) == 294
+    assert sum(row["need"] == "must" for row in ROWS) == 231
+
+
+@pytest.mark.parametrize("row", ROWS, ids=name)
+def test_a_flag_parses_with_its_value(row):
+    table = spellings_table()
+    for spelled in row["flags"].split():
+        flag = table[spelled.replace("_", "-")]
+        value, origin = shown([spelled, *words(row)])[flag.dest]
+        if origin != "flag":
+            # The value was refined by a rule, for instance sequence_parallel without tp.
+            assert origin == "derived"
+            continue
+        if row["action"] == "StoreTrue":
+            assert value is True
+        elif row["action"] == "StoreFalse":
+            assert value is False
+        elif name(row) in EXPECTED:
+            expected = EXPECTED[name(row)]
+            assert value == (list(expected) if isinstance(expected, tuple) else expected)
+        elif row["type"] in ("int", "float"):
+            assert value == (json.loads(row["choices"])[0] if row["choices"] else 7)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=name)
+def test_a_default_is_megatrons(row):
+    if name(row) in NOT_PLAIN_DEFAULTS:
+        pytest.skip("documented difference")
+    flag = spellings_table()[name(row).replace("_", "-")]
+    default = flag.default
+    if row["action"] == "StoreTrue":
+        inverted = name(row) in flag.negatives
+        assert default is inverted
+    else:
+        assert default == json.loads(row["default"] or "null")
+
+
+def test_all_flags_at_once_make_one_warning_line():
+    argv = [w for row in ROWS for w in (name(row), *words(row))]
+    cfg = parse([*argv, "--print-config", "json"], {})
+    lines = [w for w in cfg.warnings if w.startswith("no effect")]
+    assert len(lines) == 1
+    for flag in ("--fp8-format", "--enable-cuda-graph", "--inprocess-restart", "--wandb-project"):
+        assert flag in lines[0]
+    assert "\n" not in lines[0]
+
+
+def test_scripts_defaults_need_no_warning():
+    cfg = parse(
+        "--use-mcore-models --no-one-logger --rerun-mode disabled --disable-msc --ckpt-format"
+        " torch_dist --attention-backend auto --no-masked-softmax-fusion --no-rope-fusion"
+        " --no-gradient-accumulation-fusion --print-config json".split(),
+        {},
+    )
+    assert cfg.warnings == ()
+
+
+def test_every_flag_has_help_and_one_section():
+    for flag in all_flags().values():
+        if flag.section not in ("transformer", "optimizer", "ddp"):
+            assert flag.help, f"{flag.dest} has no docstring"
+            assert flag.help.endswith("."), flag.dest
