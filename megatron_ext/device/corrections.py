@@ -7,20 +7,11 @@ to one module of ours (the router's loss scale, experts' gradient group) live be
 
 from __future__ import annotations
 
+import importlib
 import logging
-import os
+import warnings
 
 import torch
-
-
-def without_jit() -> None:
-    """`jit_fuser` is torch.compile, which needs a C++ compiler at run time and gains nothing on a CPU.
-
-    It decorates functions while megatron-core's modules are imported, so this runs before them.
-    """
-    from megatron.core import jit
-
-    jit.disable_jit_fuser()
 
 
 def router_without_transformer_engine() -> None:
@@ -116,9 +107,27 @@ def reduce_scatter_of_uneven_pieces() -> None:
     mappings._reduce_scatter_along_first_dim = reduce_scatter
 
 
+PARTS = (
+    "megatron.core.dist_checkpointing",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+)
+
+
+def import_quietly() -> None:
+    """Import the parts of megatron-core that a run uses without its import-time warnings (no Apex, no Transformer
+    Engine, its own deprecations): each rank would print them, and none is news to the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in PARTS:
+            importlib.import_module(name)
+
+
 def apply(kind: str) -> None:
-    """Correct megatron-core for `kind` = "cpu" or "cuda"; imports it. Call once, after `lift()` on a CPU."""
-    without_jit() if kind == "cpu" or os.environ.get("TORCHDYNAMO_DISABLE") == "1" else None
+    """Import megatron-core and correct it for `kind` = "cpu" or "cuda". Call once, after `lift()` on a CPU."""
+    import_quietly()
     router_without_transformer_engine()
     if kind == "cpu":
         split_sizes_as_lists()

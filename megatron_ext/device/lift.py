@@ -78,6 +78,13 @@ def rewrite(source: str, filename: str = "<source>") -> ast.Module:
 class _CpuLoader(importlib.machinery.SourceFileLoader):
     """Loads one megatron-core module from its rewritten source."""
 
+    def exec_module(self, module: types.ModuleType) -> None:
+        super().exec_module(module)
+        if module.__name__ == f"{PACKAGE}.jit":
+            # `jit_fuser` is torch.compile: it would need a C++ compiler at run time, pulls inductor into every
+            # start (1.5 s), and is bound by decorators while the next modules are imported.
+            module.disable_jit_fuser()
+
     def get_code(self, fullname: str) -> types.CodeType | None:
         path = self.get_filename(fullname)
         source = self.get_data(path)

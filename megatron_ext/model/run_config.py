@@ -1,0 +1,122 @@
+"""RunConfig -> megatron-core's config objects. The only place that knows both.
+
+cfg.mcore_values() carries every value that is plain data; here the objects join: dtypes, functions, init methods.
+What megatron-core refuses in its own checks becomes one ConfigError line instead of a traceback.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.activations import quick_gelu, squared_relu
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from torch.nn import functional as F
+
+from megatron_ext.config import RunConfig
+from megatron_ext.errors import ConfigError
+from megatron_ext.model.initialise import Recorder, output_std
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.uint8,
+}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "squared_relu": squared_relu,
+    "quick_gelu": quick_gelu,
+}
+
+
+def _refused_by_megatron_core(error: Exception) -> ConfigError:
+    return ConfigError(
+        f"megatron-core 0.16.1 refuses this configuration: {error}",
+        do="change the flags that it names",
+    )
+
+
+def embedding_std(cfg: RunConfig) -> float:
+    """Deviation of the word and position embeddings."""
+    return cfg.transformer.embedding_init_method_std or cfg.transformer.init_method_std
+
+
+def transformer_config(cfg: RunConfig, recorder: Recorder) -> TransformerConfig:
+    """TransformerConfig (or MLATransformerConfig) of the run; `recorder` notes every weight's deviation.
+
+    Raises ConfigError with megatron-core's own words where it refuses the values.
+    """
+    values = cfg.mcore_values()
+    std, layers = cfg.transformer.init_method_std, cfg.transformer.num_layers
+    params_dtype = DTYPES[cfg.train.params_dtype]
+    values.update(
+        activation_func=ACTIVATIONS[cfg.model.activation],
+        attention_backend=AttnBackend[str(cfg.transformer.attention_backend).rpartition(".")[2]],
+        params_dtype=params_dtype,
+        pipeline_dtype=params_dtype,
+        bf16=cfg.train.bf16,
+        fp16=cfg.train.fp16,
+        init_method=recorder.normal(std),
+        output_layer_init_method=recorder.normal(output_std(std, layers)),
+        embedding_init_method=recorder.normal(embedding_std(cfg)),
+        use_cpu_initialization=False,
+        perform_initialization=True,
+        gradient_accumulation_fusion=False,
+        moe_grouped_gemm=cfg.transformer.num_moe_experts is not None,
+    )
+    build = MLATransformerConfig if cfg.transformer.multi_latent_attention else TransformerConfig
+    try:
+        config = build(**values)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise _refused_by_megatron_core(error) from error
+    if cfg.model.position_embedding_type == "yarn":
+        _add_yarn(config, cfg)
+    return config
+
+
+def _add_yarn(config: TransformerConfig, cfg: RunConfig) -> None:
+    """GPTModel reads YaRN's numbers (Peng et al. 2023, arXiv:2309.00071) as extra attributes of its config."""
+    model, transformer = cfg.model, cfg.transformer
+    given = {
+        "yarn_rotary_scaling_factor": transformer.rotary_scaling_factor,
+        "yarn_original_max_position_embeddings": model.yarn_original_max_position_embeddings
+        or model.max_position_embeddings,
+        "yarn_beta_fast": 32.0 if model.yarn_beta_fast is None else model.yarn_beta_fast,
+        "yarn_beta_slow": 1.0 if model.yarn_beta_slow is None else model.yarn_beta_slow,
+        "yarn_mscale": transformer.mscale,
+        "yarn_mscale_all_dim": transformer.mscale_all_dim,
+        "yarn_correction_range_round_to_int": model.yarn_correction_range_round_to_int is not False,
+    }
+    for name, value in given.items():
+        setattr(config, name, value)
+
+
+def ddp_config(cfg: RunConfig) -> DistributedDataParallelConfig:
+    """How gradients are bucketed and reduced. Numbers are checked by train/step.py, not inside the buckets."""
+    values = cfg.ddp_values()
+    values["check_for_nan_in_grad"] = False
+    return DistributedDataParallelConfig(**values)
+
+
+def optimizer_config(cfg: RunConfig) -> OptimizerConfig:
+    """OptimizerConfig of the run with dtypes as objects."""
+    values = cfg.optimizer_values()
+    for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+        if isinstance(values.get(name), str):
+            values[name] = DTYPES[values[name]]
+    values.update(
+        lr=cfg.schedule.lr,
+        min_lr=cfg.schedule.min_lr,
+        bf16=cfg.train.bf16,
+        fp16=cfg.train.fp16,
+        params_dtype=DTYPES[cfg.train.params_dtype],
+    )
+    try:
+        return OptimizerConfig(**values)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise _refused_by_megatron_core(error) from error
+
+

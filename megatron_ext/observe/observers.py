@@ -1,0 +1,104 @@
+"""Everything that watches a run, behind one object: file, TensorBoard, console line, progress bar.
+
+Rank 0 holds the real one; other ranks hold one without observers, so that the loop need not ask.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_ext.config import RunConfig
+from megatron_ext.observe import console
+from megatron_ext.observe.metrics import MetricsFile
+from megatron_ext.observe.run_dir import RunDirectory
+from megatron_ext.observe.tensorboard import TensorBoard
+
+AVERAGED = ("lm_loss", "step_time_s")
+
+
+class Observers:
+    """Shows each record where it belongs. `is_active` is true on rank 0 alone."""
+
+    def __init__(
+        self, cfg: RunConfig, where: RunDirectory, *, first_step: int, num_steps: int, is_active: bool
+    ) -> None:
+        self.cfg, self.num_steps, self.is_active = cfg, num_steps, is_active
+        self._pending: list[dict[str, Any]] = []
+        self._bar: Progress | None = None
+        if not is_active:
+            return
+        self._metrics = MetricsFile(where.metrics, first_step)
+        self._board = TensorBoard(
+            where.tensorboard, cfg.observe.tensorboard_queue_size, cfg.to_yaml(), first_step
+        )
+        if sys.stdout.isatty():
+            self._bar = _progress_bar()
+            self._task = self._bar.add_task("train", total=num_steps, completed=first_step)
+            self._bar.start()
+
+    def say(self, text: str) -> None:
+        """One line on the console of rank 0."""
+        if not self.is_active:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A finished training step."""
+        if not self.is_active:
+            return
+        self._metrics.write(record)
+        if record["step"] % self.cfg.observe.tensorboard_log_interval == 0:
+            self._board.write_step(record)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"])
+        self._pending.append(record)
+        if record["step"] % self.cfg.observe.log_interval == 0:
+            shown = dict(record)
+            for key in AVERAGED:
+                shown[key] = sum(one[key] for one in self._pending) / len(self._pending)
+            self._pending.clear()
+            self.say(
+                console.step_line(
+                    shown,
+                    num_steps=self.num_steps,
+                    log_throughput=self.cfg.observe.log_throughput,
+                )
+            )
+
+    def validation(self, record: dict[str, Any]) -> None:
+        """A finished evaluation."""
+        if not self.is_active:
+            return
+        self._metrics.write(record)
+        self._board.write_validation(
+            record, with_perplexity=self.cfg.observe.log_validation_ppl_to_tensorboard
+        )
+        line = console.validation_line(record)
+        self.say("-" * len(line))
+        self.say(line)
+        self.say("-" * len(line))
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if not self.is_active:
+            return
+        if self._bar is not None:
+            self._bar.stop()
+        self._metrics.close()
+        self._board.close()
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )

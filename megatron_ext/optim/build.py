@@ -1,0 +1,67 @@
+"""The optimizer over all chunks and its learning-rate and weight-decay schedule, counted in samples.
+
+megatron-core keeps separate optimizers for dense and expert parameters (their data-parallel groups differ) behind one
+ChainedOptimizer, holds fp32 masters for 16-bit weights, and shards them with --use-distributed-optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+from megatron_ext.config import RunConfig
+from megatron_ext.model.run_config import optimizer_config
+
+
+def build_optimizer(cfg: RunConfig, chunks: Sequence[nn.Module]) -> MegatronOptimizer:
+    """megatron-core's optimizer; weight decay skips biases and one-dimensional weights, as Megatron-LM does."""
+    return get_megatron_optimizer(
+        optimizer_config(cfg),
+        list(chunks),
+        use_gloo_process_groups=cfg.parallel.enable_gloo_process_groups,
+    )
+
+
+def _lengths(cfg: RunConfig) -> tuple[int, int, int | None]:
+    """(warm-up, decay, last WSD phase) in samples."""
+    schedule, train = cfg.schedule, cfg.train
+    batch = train.global_batch_size
+    if train.train_samples is not None:
+        warmup = schedule.lr_warmup_samples
+        decay = schedule.lr_decay_samples or train.train_samples
+        wsd = schedule.lr_wsd_decay_samples
+    else:
+        warmup = schedule.lr_warmup_iters * batch
+        decay = (schedule.lr_decay_iters or train.train_iters) * batch
+        wsd = schedule.lr_wsd_decay_iters
+        wsd = None if wsd is None else wsd * batch
+    if schedule.lr_warmup_fraction is not None:
+        warmup = schedule.lr_warmup_fraction * decay
+    return warmup, decay, wsd
+
+
+def build_scheduler(cfg: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Warm-up, then constant, linear, cosine, inverse-square-root or WSD; `step(increment=samples)` moves it."""
+    schedule, train = cfg.schedule, cfg.train
+    warmup, decay, wsd = _lengths(cfg)
+    total = train.train_samples or (train.train_iters or 0) * train.global_batch_size
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=schedule.lr_warmup_init,
+        max_lr=schedule.lr,
+        min_lr=schedule.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=schedule.lr_decay_style,
+        start_wd=schedule.start_weight_decay,
+        end_wd=schedule.end_weight_decay,
+        wd_incr_steps=total,
+        wd_incr_style=schedule.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=schedule.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=schedule.override_opt_param_scheduler,
+        wsd_decay_steps=wsd,
+        lr_wsd_decay_style=schedule.lr_wsd_decay_style,
+    )

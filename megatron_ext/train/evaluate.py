@@ -1,0 +1,89 @@
+"""Validation: the loss over a fixed set of samples, in nats per token and in bits per byte of text.
+
+Every evaluation reads the same first `eval_iters` global batches of its split, so that the points of a curve compare.
+bits per byte = nats / ln 2 / bytes, which does not depend on the tokenizer; bytes are those of the label tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from data.loader import MicroBatches
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_ext.device import current_device
+from megatron_ext.train.step import run_schedule, sum_over_ranks, to_device
+
+
+def bytes_per_token(tokenizer) -> Tensor | None:
+    """[V] int64: UTF-8 bytes that each token stands for; None for a tokenizer without text."""
+    if not hasattr(tokenizer, "bytes_of"):
+        return None
+    sizes = [tokenizer.bytes_of([token]) for token in range(tokenizer.vocab_size)]
+    return torch.tensor(sizes, dtype=torch.int64) if any(sizes) else None
+
+
+def count_bytes(batch, sizes_V: Tensor) -> int:
+    """Bytes of the unmasked labels of one micro-batch."""
+    labels = batch.labels_BS.cpu().clamp(max=len(sizes_V) - 1)
+    return int((sizes_V[labels] * (batch.loss_mask_BS.cpu() > 0)).sum())
+
+
+@torch.no_grad()
+def evaluate(
+    chunks: Sequence[nn.Module],
+    dataset,
+    *,
+    split: str,
+    num_batches: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    seq_length: int,
+    step: int,
+    sizes_V: Tensor | None,
+) -> dict[str, Any]:
+    """The validation record of `split`, identical on all ranks. Leaves the chunks in training mode."""
+    dp_rank = parallel_state.get_data_parallel_rank()
+    dp = parallel_state.get_data_parallel_world_size()
+    batches = MicroBatches(dataset, micro_batch_size, dp_rank, dp, consumed_samples=0)
+    per_step = global_batch_size // (micro_batch_size * dp)
+    for chunk in chunks:
+        chunk.eval()
+    sums = [0.0, 0.0, 0.0]
+    try:
+        for _ in range(num_batches):
+            micro_batches = [to_device(next(batches), current_device()) for _ in range(per_step)]
+            num_bytes = 0
+            if sizes_V is not None:
+                num_bytes = sum(count_bytes(batch, sizes_V) for batch in micro_batches)
+            reports = run_schedule(
+                chunks,
+                micro_batches,
+                seq_length=seq_length,
+                micro_batch_size=micro_batch_size,
+                forward_only=True,
+            )
+            step_sums = sum_over_ranks(reports, float(num_bytes))
+            sums = [a + b for a, b in zip(sums, step_sums)]
+    finally:
+        batches.close()
+        for chunk in chunks:
+            chunk.train()
+    copies = torch.distributed.get_world_size() / dp
+    loss = sums[0] / max(sums[1], 1.0)
+    tokens = sums[1] / parallel_state.get_tensor_model_parallel_world_size()
+    record = {
+        "step": step,
+        "split": split,
+        "val_loss": loss,
+        "perplexity": math.exp(min(20.0, loss)),
+        "num_tokens": round(tokens),
+    }
+    if sums[2]:
+        record["num_bytes"] = round(sums[2] / copies)
+        record["bits_per_byte"] = loss * tokens / math.log(2) / record["num_bytes"]
+    return record

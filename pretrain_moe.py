@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Pre-train a mixture-of-experts language model: the whole program on one screen.
+
+    parse -> device -> groups -> tokenizer, data -> model -> optimizer -> checkpoint -> train -> evaluate
+
+One rank: `python pretrain_moe.py --config configs/quickstart.yaml`; several: `torchrun --nproc-per-node 4 pretrain_moe.py ...`.
+"""
+
+from megatron_ext.config import RunConfig, parse
+from megatron_ext.errors import exit_on_fatal
+
+
+def pretrain(cfg: RunConfig) -> None:
+    """Train, or only evaluate, what `cfg` describes, on the ranks of this launch."""
+    from megatron_ext.device import start
+
+    device = start(cfg.parallel.device, cfg.parallel.distributed_backend)
+
+    from megatron_ext.mesh.agree import agree
+    from megatron_ext.mesh.groups import process_groups
+    from megatron_ext.model.gpt import build_chunks, vocabulary, wrap_for_training
+    from megatron_ext.optim.build import build_optimizer, build_scheduler
+    from megatron_ext.train import setup
+    from megatron_ext.train.loop import Run, evaluate_at_end, train
+
+    with process_groups(cfg.parallel, device, cfg.train.seed):
+        where = setup.run_directory(cfg)
+        tokenizer = agree(lambda: setup.tokenizer(cfg))
+        words = vocabulary(cfg, tokenizer.vocab_size)
+        splits = setup.datasets(cfg, tokenizer, words)
+        chunks = wrap_for_training(cfg, build_chunks(cfg, words))
+        optimizer = build_optimizer(cfg, chunks)
+        state = setup.train_state(chunks, optimizer, build_scheduler(cfg, optimizer))
+        with setup.checkpointer(cfg, where) as checkpointer:
+            checkpointer.load(state)
+            with setup.observers(cfg, where, state) as observers:
+                run = Run(cfg, state, splits, checkpointer, observers, setup.token_bytes(tokenizer))
+                setup.announce(run, device, words, where)
+                if not cfg.train.eval_only:
+                    observers.say(f"stopped: {train(run)}")
+                evaluate_at_end(run)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the flags and do what they ask: print them, check them, or train."""
+    with exit_on_fatal():
+        cfg = parse(argv)
+        if cfg.action == "print-config":
+            print(cfg.to_json() if cfg.print_format == "json" else cfg.to_yaml())
+        elif cfg.action == "dry-run":
+            from megatron_ext.costs.dryrun import dry_run
+
+            print(dry_run(cfg))
+        else:
+            pretrain(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Every test process imports torch and megatron-core once, lifted to the CPU; ranks are forked from it."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from megatron_ext.device import start
+
+torch.set_num_threads(1)
+start("cpu")
+
+import pytest
+
+
+@pytest.fixture
+def tiny_flags() -> list[str]:
+    """Flags of a model that trains a step in milliseconds: 4 layers, 8 experts, mock data."""
+    from tests.ranks.tiny import TINY
+
+    return list(TINY)
