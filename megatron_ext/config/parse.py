@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 
 from megatron_ext.config import ignored
@@ -15,21 +16,22 @@ from megatron_ext.config.yaml_file import words_of_file
 from megatron_ext.errors import ConfigError
 
 
-def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> RunConfig:
+def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> RunConfig:
     """Reads flags (and ``--config FILE.yaml``): default < file < flag, the last one wins.
 
     Imports neither torch nor megatron-core and touches no file but the YAML.  With --print-config
     only the words are checked; otherwise also every cross-group rule.
 
     Args:
-        argv: the words after the program's name.
+        argv: the words after the program's name; None: those of this process.
         environ: WORLD_SIZE is the number of ranks where --world-size is absent.
 
     Raises:
         ConfigError: unknown flags, bad values or broken rules, all violations together.
         SystemExit: 0 after --help.
     """
-    settings, action, config, print_format = _settings(argv)
+    words = sys.argv[1:] if argv is None else argv
+    settings, action, config, print_format = _settings(words)
     values = merge(settings)
     resolve(values, environ, config)
     without_effect = _without_effect(settings, values)
