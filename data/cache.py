@@ -30,6 +30,12 @@ def key_of(kind: str, **facts: object) -> str:
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
+def manifest_of(facts: dict) -> dict:
+    """The content of ``KEY.json``: a hash over the facts, so that a damaged manifest shows too."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return {"format": FORMAT, "arrays": facts, "sha256": digest}
+
+
 class IndexCache:
     """A folder of entries.
 
@@ -94,19 +100,17 @@ class IndexCache:
                 "dtype": array.dtype.str,
                 "sha256": sha256_of(path),
             }
-        write_json(self.folder / f"{key}.json", {"format": FORMAT, "arrays": facts})
+        write_json(self.folder / f"{key}.json", manifest_of(facts))
 
     def _load(self, key: str) -> Arrays | None:
         """The arrays of an entry, mapped read-only, or None where anything about it is wrong."""
-        manifest = read_json(self.folder / f"{key}.json")
+        manifest = read_json(self.folder / f"{key}.json") or {}
         try:
-            facts = manifest["arrays"] if manifest and manifest["format"] == FORMAT else None
-            return (
-                None
-                if facts is None
-                else {name: self._load_one(self._path(key, name), facts[name]) for name in facts}
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+            facts = manifest["arrays"]
+            if manifest != manifest_of(facts):
+                return None
+            return {name: self._load_one(self._path(key, name), facts[name]) for name in facts}
+        except (OSError, ValueError, KeyError, TypeError, EOFError):
             return None
 
     @staticmethod

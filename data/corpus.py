@@ -30,6 +30,7 @@ from megatron_ext.errors import DataError, exit_on_fatal
 MEGABYTE = 10**6
 DEFAULT_MAX_BYTES = 6 * MEGABYTE
 SHORTEST_DOCUMENT = 200
+FULL_SHARE = 0.99
 SHORTEST_DOCSTRING = 20
 SKIPPED_FOLDERS = {
     "__pycache__",
@@ -61,7 +62,7 @@ def library_folder() -> Path:
 
 
 def library_modules(library: Path) -> Iterator[tuple[str, str, ast.Module]]:
-    """(source, text, syntax tree) of each module of the standard library, in the order of its path."""
+    """(source, text, syntax tree) of each module of the standard library, ordered by path."""
     for path in sorted(library.rglob("*.py")):
         relative = path.relative_to(library)
         if SKIPPED_FOLDERS & set(relative.parts[:-1]):
@@ -84,7 +85,7 @@ def documented_nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.Expr]]:
 
 
 def without_docstrings(text: str, tree: ast.Module) -> str:
-    """The module's source without the lines of its docstrings (kept where a body has nothing else)."""
+    """The module's source without its docstrings (kept where a body has nothing else)."""
     dropped: set[int] = set()
     for owner, docstring in documented_nodes(tree):
         if len(owner.body) > 1 and owner.body[1].lineno > (docstring.end_lineno or 0):  # type: ignore[attr-defined]
@@ -143,6 +144,8 @@ def chosen(documents: Iterable[Document], max_bytes: int) -> Iterator[Document]:
         encoded = text.encode("utf-8")
         digest = hashlib.sha256(encoded).digest()
         if len(encoded) < SHORTEST_DOCUMENT or digest in seen or total + len(encoded) > max_bytes:
+            if total > FULL_SHARE * max_bytes:
+                return
             continue
         seen.add(digest)
         total += len(encoded)

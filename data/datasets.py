@@ -281,7 +281,7 @@ def _build(opening: _Opening, made: Sequence[BlendedDataset | None]) -> None:
 
 
 def _require_vocabulary(opening: _Opening) -> None:
-    """All ranks: the same verdict on the ids as the builder's, from the report or the cached scan."""
+    """All ranks: the builder's verdict on the ids, from the report or the cached scan."""
     for file in opening.files.values():
         if not scan.needs_no_scan(file, opening.vocab_size):
             found = scan.from_report(file) or opening.cache.read_note(_scan_key(file))

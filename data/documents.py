@@ -8,9 +8,11 @@ fixed: inputs as given, a folder's files by path.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -152,12 +154,14 @@ def _source(path: Path, skipped: Skipped) -> Source | None:
 
 def whole(source: Source) -> Piece:
     """A piece that covers the source."""
-    end = (
-        require_parquet().ParquetFile(source.path).num_row_groups
-        if splits_by_rows(source)
-        else source.size
-    )
+    end = row_groups(source) if splits_by_rows(source) else source.size
     return Piece(source, 0, end, source.size)
+
+
+def row_groups(source: Source) -> int:
+    """Number of row groups of a parquet file."""
+    with parquet_errors(source.path):
+        return require_parquet().ParquetFile(source.path).num_row_groups
 
 
 def splits_by_rows(source: Source) -> bool:
@@ -262,31 +266,37 @@ def require_parquet():
     return pyarrow.parquet
 
 
-def _read_parquet(piece: Piece, key: str, skipped: Skipped) -> Iterator[tuple[str, object]]:
-    """The values of column ``key``."""
-    import pyarrow
+@contextmanager
+def parquet_errors(path: Path) -> Iterator[None]:
+    """Turns what pyarrow raises on a damaged file into a `DataError`."""
+    require_parquet()
+    from pyarrow import ArrowException
 
-    parquet = require_parquet()
-    path = piece.source.path
     try:
-        with open_bytes(path, piece.source.compression) as stream:
-            file = parquet.ParquetFile(
-                pyarrow.BufferReader(stream.read()) if piece.source.compression else stream
-            )
-            if key not in file.schema_arrow.names:
-                keys = ", ".join(map(repr, file.schema_arrow.names))
-                skipped.add(no_key(key), f"{path} keys present: {keys}", file.metadata.num_rows)
-                return
-            groups = range(piece.start, piece.end) if splits_by_rows(piece.source) else None
-            row = 0
-            for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=[key]):
-                for value in batch.column(0):
-                    yield f"{path} group {piece.start} row {row}", value.as_py()
-                    row += 1
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        yield
+    except (ArrowException, UnicodeDecodeError) as error:
         raise DataError(
             f"damaged parquet file: {error}", do="copy the file again or leave it out", path=path
         ) from error
+
+
+def _read_parquet(piece: Piece, key: str, skipped: Skipped) -> Iterator[tuple[str, object]]:
+    """The values of column ``key``."""
+    source = piece.source
+    with parquet_errors(source.path), open_bytes(source.path, source.compression) as stream:
+        content = io.BytesIO(stream.read()) if source.compression else stream
+        file = require_parquet().ParquetFile(content)
+        if key not in file.schema_arrow.names:
+            keys = ", ".join(map(repr, file.schema_arrow.names))
+            place = f"{source.path} keys present: {keys}"
+            skipped.add(no_key(key), place, file.metadata.num_rows)
+            return
+        groups = range(piece.start, piece.end) if splits_by_rows(source) else None
+        row = 0
+        for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=[key]):
+            for value in batch.column(0):
+                yield f"{source.path} group {piece.start} row {row}", value.as_py()
+                row += 1
 
 
 def nothing_found(skipped: Skipped, key: str) -> DataError:
@@ -307,7 +317,7 @@ def nothing_found(skipped: Skipped, key: str) -> DataError:
 
 
 def first_texts(inputs: Iterable[Path], key: str, max_bytes: int) -> Iterator[str]:
-    """Texts for training a tokenizer: of each file its share of ``max_bytes``, from its beginning."""
+    """Texts to train a tokenizer on: of each file its share of ``max_bytes``, from its start."""
     sources, skipped = find_sources(inputs)
     share = min(1.0, max_bytes / max(1, sum(source.size for source in sources)))
     count = 0

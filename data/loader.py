@@ -85,13 +85,13 @@ def make_batch(dataset: Dataset, sample_ids: range) -> TokenBatch:
     if rules.reset_position_ids:
         positions = positions_in_documents(documents)
     else:
-        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int64), tokens.shape)
+        positions = np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(tokens), 1))
     mask = (tokens != rules.eod) if rules.eod_mask_loss else np.ones(tokens.shape, dtype=bool)
     return TokenBatch(
-        tokens_BS=torch.from_numpy(np.ascontiguousarray(tokens)),
-        labels_BS=torch.from_numpy(np.ascontiguousarray(labels)),
+        tokens_BS=torch.from_numpy(tokens.copy()),
+        labels_BS=torch.from_numpy(labels.copy()),
         loss_mask_BS=torch.from_numpy(mask.astype(np.float32)),
-        position_ids_BS=torch.from_numpy(np.ascontiguousarray(positions)),
+        position_ids_BS=torch.from_numpy(positions),
         document_ids_BS=torch.from_numpy(documents) if rules.reset_attention_mask else None,
         sample_ids_B=torch.arange(sample_ids.start, sample_ids.stop, dtype=torch.int64),
         domain_ids_B=torch.tensor(domains, dtype=torch.int64),

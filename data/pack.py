@@ -142,7 +142,7 @@ def split_shares(split: str) -> list[float]:
         ValueError: not one to three numbers of at least 0, one of them above 0.
     """
     numbers = [float(word) for word in split.replace("/", ",").split(",") if word.strip()]
-    if not 1 <= len(numbers) <= 3 or min(numbers) < 0 or not 0 < sum(numbers) < float("inf"):  # noqa: PLR2004
+    if not 1 <= len(numbers) <= 3 or min(numbers) < 0 or not 0 < sum(numbers) < float("inf"):
         raise ValueError(split)
     total = sum(numbers)
     return [number / total for number in numbers] + [0.0] * (3 - len(numbers))

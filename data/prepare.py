@@ -47,7 +47,6 @@ from megatron_ext.errors import ConfigError, DataError, LockedError, exit_on_fat
 
 FORMAT = 1
 INTERRUPTED = 130
-OUTPUT_FILES = 3
 
 
 @dataclass(frozen=True)
@@ -118,39 +117,43 @@ def locked(job: Job) -> Iterator[None]:
 
 
 def finished_report(job: Job, overwrite: bool) -> dict | None:
-    """The report where the output is already there with these settings; refuses to touch anything
-    else's.
+    """The report where this output is already there; else makes the folder of shards ready.
+
+    Refuses to touch an output, or tokenized shards, that other settings made.
     """
-    outputs = [path for path in (*indexed.paths_of(job.prefix), job.report) if path.exists()]
     settings = job.settings_sha256()
-    started = read_json(job.parts / "settings.json") or {}
-    same_parts = started.get("settings_sha256") == settings
-    report = read_json(job.report)
-    if (
-        report
-        and report.get("settings_sha256") == settings
-        and len(outputs) == OUTPUT_FILES
-        and not overwrite
-    ):  # noqa: PLR2004
-        bin_path, idx_path = indexed.paths_of(job.prefix)
-        if sha256_of(idx_path) == report.get(
-            "idx_sha256"
-        ) and bin_path.stat().st_size == report.get("bin_bytes"):
-            shutil.rmtree(job.parts, ignore_errors=True)
-            return report
-    if not overwrite and (
-        (outputs and not same_parts) or (job.parts.exists() and started and not same_parts)
-    ):
+    if not overwrite and (report := report_of_finished(job, settings)) is not None:
+        shutil.rmtree(job.parts, ignore_errors=True)
+        return report
+    begun = read_json(job.parts / "settings.json") or {}
+    if begun.get("settings_sha256") == settings:
+        return None
+    made = [path for path in (*indexed.paths_of(job.prefix), job.report) if path.exists()]
+    if any(facts.documents for facts in shards.finished_shards(job.parts).values()):
+        made.append(job.parts)
+    if made and not overwrite:
         raise DataError(
-            "--output exists and was made from other inputs, options or tokenizer, or is not whole",
+            "--output was made from other inputs, options or tokenizer, or is not whole",
             do="choose another --output or add --overwrite",
-            path=outputs[0] if outputs else job.parts,
+            path=made[0],
         )
-    if job.parts.exists() and not same_parts:
+    if job.parts.exists():
         shutil.rmtree(job.parts)
     make_folder(job.parts)
     write_json(job.parts / "settings.json", {"settings_sha256": settings})
     return None
+
+
+def report_of_finished(job: Job, settings: str) -> dict | None:
+    """The report, where it and the pair belong to these settings and to each other."""
+    report = read_json(job.report) or {}
+    bin_path, idx_path = indexed.paths_of(job.prefix)
+    if report.get("settings_sha256") != settings or not (bin_path.exists() and idx_path.exists()):
+        return None
+    whole = sha256_of(idx_path) == report.get("idx_sha256") and spot_sha256(bin_path) == report.get(
+        "spot_sha256"
+    )
+    return report if whole else None
 
 
 def join_shards(

@@ -73,7 +73,7 @@ def cache_key(file: IndexedFile) -> str:
 
 
 def require_range(file: IndexedFile, result: dict, vocab_size: int) -> None:
-    """Raises where a scan found an id outside [0, vocab_size), with the document and the position."""
+    """Raises where a scan found an id outside [0, vocab_size), naming document and position."""
     too_small = result["min_token_id"] < 0
     if not too_small and result["max_token_id"] < vocab_size:
         return

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.documents import Piece, Skipped, Source, read_piece, splits_by_rows, whole
+from data.documents import Piece, Skipped, Source, read_piece, row_groups, splits_by_rows
 from data.indexed import LARGEST_DOCUMENT, token_dtype
 from data.storage import atomic_file, disk_errors, sha256_of
 from data.tokenizer import Tokenizer
@@ -63,7 +63,7 @@ def pieces_of(source: Source, target: int) -> Iterator[Piece]:
             end = min(source.size, start + target)
             yield Piece(source, start, end, end - start)
     elif splits_by_rows(source):
-        groups = max(1, whole(source).end)
+        groups = max(1, row_groups(source))
         for group in range(groups):
             yield Piece(source, group, group + 1, source.size // groups)
     else:

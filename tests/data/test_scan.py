@@ -1,0 +1,97 @@
+import json
+import os
+
+import numpy as np
+import pytest
+
+from data import scan
+from data.indexed import IndexedFile, write_pair
+from megatron_ext.errors import DataError
+
+
+def with_bad(prefix, token, dtype=np.int32):
+    documents = [[1, 2, 3], [], [4, 5, 6, 7], [8]]
+    documents[2][1] = token
+    write_pair(prefix, documents, dtype)
+    return IndexedFile(prefix)
+
+
+def test_scan_finds_the_range(pair):
+    file = IndexedFile(pair)
+    ids = file.read(0, file.num_tokens)
+    found = scan.scan(file)
+    assert (found["min_token_id"], found["max_token_id"]) == (ids.min(), ids.max())
+    assert (ids[found["min_at"]], ids[found["max_at"]]) == (ids.min(), ids.max())
+
+
+def test_scan_in_chunks(pair, monkeypatch):
+    whole = scan.scan(IndexedFile(pair))
+    for size in (1, 7, 1000):
+        monkeypatch.setattr(scan, "SCAN_TOKENS", size)
+        assert scan.scan(IndexedFile(pair)) == whole
+
+
+@pytest.mark.parametrize(
+    ("token", "vocab_size"), [(100, 100), (2**31 - 1, 70000), (-1, 70000), (-(2**31), 100)]
+)
+def test_an_id_outside_is_named_with_document_and_position(tmp_path, token, vocab_size):
+    file = with_bad(tmp_path / "p", token)
+    with pytest.raises(DataError) as caught:
+        scan.require_range(file, scan.scan(file), vocab_size)
+    text = str(caught.value)
+    assert (
+        f"token id {token} in document 2 at position 1: the vocabulary is 0 to {vocab_size - 1}"
+        in text
+    )
+    assert f"path={tmp_path}/p.bin" in text
+
+
+def test_inside_is_accepted(tmp_path):
+    file = with_bad(tmp_path / "p", 99)
+    scan.require_range(file, scan.scan(file), 100)
+
+
+def test_report_is_believed_only_for_its_own_bytes(tmp_path):
+    file = with_bad(tmp_path / "p", 50)
+    status = os.stat(tmp_path / "p.bin")
+    report = {
+        "bin_bytes": status.st_size,
+        "bin_mtime_ns": status.st_mtime_ns,
+        "min_token_id": 1,
+        "max_token_id": 50,
+        "spot_sha256": scan.spot_sha256(tmp_path / "p.bin"),
+    }
+    path = tmp_path / "p.report.json"
+    path.write_text(json.dumps(report))
+    assert scan.from_report(file) == {"min_token_id": 1, "max_token_id": 50}
+    os.utime(tmp_path / "p.bin", ns=(1, 1))
+    assert scan.from_report(file) == {"min_token_id": 1, "max_token_id": 50}
+    file = with_bad(tmp_path / "p", 77)
+    assert scan.from_report(file) is None
+    for content in (
+        "",
+        "[]",
+        "{}",
+        json.dumps({**report, "max_token_id": "50"}),
+        json.dumps({**report, "bin_bytes": 1}),
+    ):
+        path.write_text(content)
+        assert scan.from_report(file) is None
+
+
+def test_needs_no_scan():
+    class File:
+        dtype = np.dtype("<u2")
+
+    assert scan.needs_no_scan(File, 65536)
+    assert not scan.needs_no_scan(File, 65535)
+    File.dtype = np.dtype("<i4")
+    assert not scan.needs_no_scan(File, 2**40)
+
+
+def test_first_outside():
+    tokens = np.array([0, 5, 9], dtype=np.int32)
+    assert scan.first_outside(tokens, 10) is None
+    assert scan.first_outside(tokens, 9) == 2
+    assert scan.first_outside(np.array([0, -1], dtype=np.int32), 9) == 1
+    assert scan.first_outside(np.array([], dtype=np.uint16), 9) is None
