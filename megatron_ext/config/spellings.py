@@ -30,7 +30,6 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "tp_comm_split_rs": ("--disable-tp-comm-split-rs",),
     "fp8_wgrad": ("--disable-fp8-wgrad",),
     "clone_scatter_output_in_embedding": ("--disable-clone-scatter-output-in-embedding",),
-    "lr_decay_style": (),
 }
 """Further spellings of a field's flag; ``--no-x``/``--disable-x`` on a field ``x`` means False."""
 

@@ -12,7 +12,8 @@ from megatron_ext.config import parse
 from megatron_ext.config.argv import spellings_table
 from megatron_ext.config.flags import all_flags
 
-ROWS = list(csv.DictReader(Path(__file__).with_name("megatron_flags.csv").open()))
+FIXTURE = Path(__file__).with_name("megatron_flags.csv")
+ROWS = list(csv.DictReader(FIXTURE.read_text().splitlines()))
 
 EXAMPLES = {
     "--moe-layer-freq": ["([0]*3+[1]*58)"],
@@ -102,10 +103,11 @@ def test_a_flag_parses_with_its_value(row):
             assert value == (json.loads(row["choices"])[0] if row["choices"] else 7)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=name)
+PLAIN = [row for row in ROWS if name(row) not in NOT_PLAIN_DEFAULTS]
+
+
+@pytest.mark.parametrize("row", PLAIN, ids=name)
 def test_a_default_is_megatrons(row):
-    if name(row) in NOT_PLAIN_DEFAULTS:
-        pytest.skip("documented difference")
     flag = spellings_table()[name(row).replace("_", "-")]
     default = flag.default
     if row["action"] == "StoreTrue":
@@ -123,6 +125,34 @@ def test_all_flags_at_once_make_one_warning_line():
     for flag in ("--fp8-format", "--enable-cuda-graph", "--inprocess-restart", "--wandb-project"):
         assert flag in lines[0]
     assert "\n" not in lines[0]
+
+
+MIXTRAL_SCRIPT = """
+--use-mcore-models --disable-bias-linear --seq-length 64 --max-position-embeddings 32768
+--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4
+--init-method-std 0.01 --attention-dropout 0.0 --hidden-dropout 0.0 --normalization RMSNorm
+--position-embedding-type rope --swiglu --untie-embeddings-and-output-weights
+--group-query-attention --num-query-groups 2 --no-masked-softmax-fusion --no-position-embedding
+--rotary-base 1000000 --num-experts 8 --moe-router-topk 2
+--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --moe-grouped-gemm
+--moe-token-dispatcher-type alltoall --overlap-param-gather --overlap-grad-reduce
+--tokenizer-type Llama2Tokenizer --tokenizer-model m --data-path p --split 99990,8,2
+--micro-batch-size 1 --global-batch-size 8 --lr 1e-4 --train-iters 500 --lr-decay-iters 320
+--lr-decay-style cosine --min-lr 1.0e-5 --weight-decay 0.1 --lr-warmup-iters 50 --clip-grad 1.0
+--bf16 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1
+--expert-model-parallel-size 2 --use-distributed-optimizer --sequence-parallel --log-interval 1
+--save-interval 100 --eval-interval 100 --eval-iters 10 --save s --load l --tensorboard-dir t
+--no-load-optim --no-load-rng --distributed-timeout-minutes 60
+"""
+
+
+def test_a_mixtral_script_scaled_down_passes_every_rule():
+    cfg = parse(MIXTRAL_SCRIPT.split(), {"WORLD_SIZE": "2"})
+    assert cfg.action == "train"
+    assert cfg.parallel.data_parallel_size == 2 and cfg.train.global_batch_size == 8
+    assert (cfg.schedule.lr_decay_iters, cfg.schedule.lr_warmup_iters) == (320, 50)
+    expected = "--sequence-parallel has no effect with --tensor-model-parallel-size 1"
+    assert cfg.warnings == (expected,)
 
 
 def test_scripts_defaults_need_no_warning():

@@ -94,8 +94,8 @@ def test_dense_layers_follow_the_pattern():
     [
         ("--world-size 4 --pipeline-model-parallel-size 4", 1),
         (
-            "--world-size 2 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
-            " --global-batch-size 2",
+            "--world-size 2 --pipeline-model-parallel-size 2 --global-batch-size 2"
+            " --num-virtual-stages-per-pipeline-rank 2",
             1,
         ),
     ],

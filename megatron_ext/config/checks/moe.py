@@ -194,6 +194,13 @@ def _shared(cfg: RunConfig) -> Iterator[Violation]:
             "must be at least 1",
             "remove it for no shared expert",
         )
+    if width is not None and t.add_bias_linear:
+        yield Violation(
+            "--moe-shared-expert-intermediate-size",
+            width,
+            "needs --disable-bias-linear: shared experts have no biases",
+            "add --disable-bias-linear",
+        )
     if t.moe_shared_expert_gate and width is None:
         yield Violation(
             "--moe-shared-expert-gate",
