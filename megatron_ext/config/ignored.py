@@ -23,6 +23,8 @@ REPLICATION = "local replicated checkpoints are not built yet"
 REMOVED = "Megatron-LM removed this flag"
 CUDA_GRAPHS = "CUDA graphs are not built yet"
 FP8 = "fp8 and fp4 are not built yet: the run computes in its bf16, fp16 or fp32"
+CHECKPOINT = "this choice of how checkpoints are written is not built yet"
+LOGS = "this log is not built yet"
 WANDB = "wandb is not built yet; metrics.jsonl and TensorBoard hold the same numbers"
 TP_OVERLAP = "needs Transformer Engine's user buffers, not built yet"
 OFFLOAD = "offloading is not built yet: the optimizer stays on its device"
@@ -158,6 +160,23 @@ UNHONOURED: dict[str, str] = {
     "timing_log_level": "timers beyond the step time are not built yet",
     "log_timers_to_tensorboard": "timers beyond the step time are not built yet",
     "ckpt_format": "checkpoints are always written as torch_dist",
+    "openai_gelu": "GELU is PyTorch's exact one",
+    "init_method_xavier_uniform": "weights are normal with --init-method-std",
+    "data_parallel_random_init": "all data-parallel ranks start from the same weights",
+    "full_validation": "an evaluation takes --eval-iters batches",
+    "iterations_to_skip": NOT_YET,
+    "num_workers": "the loader prefetches inside the training process",
+    "num_dataset_builder_threads": "one process builds the indices",
+    "dataloader_type": "samples are read in the order of the index, as with single",
+    "use_persistent_ckpt_worker": CHECKPOINT,
+    "ckpt_fully_parallel_load": CHECKPOINT,
+    "ckpt_assume_constant_structure": CHECKPOINT,
+    "dist_ckpt_strictness": CHECKPOINT,
+    "dist_ckpt_optim_fully_reshardable": CHECKPOINT,
+    "dist_ckpt_save_pre_mcore_014": CHECKPOINT,
+    "log_params_norm": LOGS,
+    "log_memory_to_tensorboard": LOGS,
+    "log_progress": LOGS,
     "test_mode": "a test option of Megatron-LM",
 }
 """dest -> reason: the value never reaches megatron-core."""
@@ -189,6 +208,7 @@ HARMLESS: dict[str, frozenset] = {
     "disable_msc": frozenset({True}),
     "attention_backend": frozenset({"auto", "local"}),
     "ckpt_format": frozenset({"torch_dist"}),
+    "dataloader_type": frozenset({"single"}),
     "cross_entropy_fusion_impl": frozenset({"native"}),
 }
 """Values that ask for what happens anyway."""

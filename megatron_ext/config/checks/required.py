@@ -44,7 +44,7 @@ def _missing(attribute: str, example: str) -> Violation:
 
 def _data(cfg: RunConfig) -> Iterator[Violation]:
     data = cfg.data
-    blends = [data.data_path, data.data_args_path, data.per_split_data_args_path]
+    blends = [data.data_path, data.per_split_data_args_path]
     blends += [data.train_data_path, data.valid_data_path, data.test_data_path]
     if not any(blends) and not data.mock_data:
         yield Violation(
@@ -58,7 +58,6 @@ def _data(cfg: RunConfig) -> Iterator[Violation]:
     per_split = any((data.train_data_path, data.valid_data_path, data.test_data_path))
     ways = {
         "--data-path": data.data_path,
-        "--data-args-path": data.data_args_path,
         "--train-data-path": per_split,
         "--per-split-data-args-path": data.per_split_data_args_path,
     }

@@ -22,9 +22,6 @@ class DataSection:
     test_data_path: list[str] | None = None
     """Blend of the test set alone."""
 
-    data_args_path: str | None = None
-    """File that holds the words of --data-path."""
-
     per_split_data_args_path: str | None = None
     """JSON file with the blends: {"train": [...], "valid": [...], "test": [...]}."""
 
@@ -94,6 +91,3 @@ class DataSection:
 
     tiktoken_num_special_tokens: int = 1000
     """Special tokens of TikTokenizer."""
-
-    trust_remote_code: bool = False
-    """Let HuggingFaceTokenizer run the code that comes with a tokenizer."""

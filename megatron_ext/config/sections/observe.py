@@ -40,12 +40,6 @@ class ObserveSection:
     log_memory_to_tensorboard: bool = False
     """Write memory use to TensorBoard."""
 
-    log_world_size_to_tensorboard: bool = False
-    """Write the number of ranks to TensorBoard."""
-
-    log_loss_scale_to_tensorboard: bool = True
-    """Write the fp16 loss scale to TensorBoard."""
-
     log_progress: bool = False
     """Append to RUN/progress.txt at each save: tokens and FLOPs so far."""
 
@@ -54,9 +48,6 @@ class ObserveSection:
 
     timing_log_level: Literal[0, 1, 2] = 0
     """Detail of the timers."""
-
-    timing_log_option: Literal["max", "minmax", "all"] = "minmax"
-    """What of the ranks' times is logged."""
 
     wandb_project: str | None = None
     """Weights & Biases project."""

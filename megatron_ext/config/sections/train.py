@@ -73,9 +73,6 @@ class TrainSection:
     manual_gc_interval: int = 0
     """Steps between manual collections; 0: none during training."""
 
-    manual_gc_eval: bool = True
-    """Collect around evaluations (with --manual-gc)."""
-
     iterations_to_skip: list[int] | None = None
     """Steps that read their data and do nothing else."""
 
