@@ -34,7 +34,8 @@ def pretrain(cfg: RunConfig) -> None:
         with setup.checkpointer(cfg, where) as checkpointer:
             checkpointer.load(state)
             with setup.observers(cfg, where, state) as observers:
-                run = Run(cfg, state, splits, checkpointer, observers, setup.token_bytes(tokenizer))
+                measures = setup.measures(cfg, tokenizer, words)
+                run = Run(cfg, state, splits, checkpointer, observers, *measures)
                 setup.announce(run, device, words, where)
                 if not cfg.train.eval_only:
                     observers.say(f"stopped: {train(run)}")

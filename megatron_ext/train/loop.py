@@ -12,7 +12,6 @@ from data.loader import MicroBatches
 from megatron.core import parallel_state
 
 from megatron_ext.config import RunConfig
-from megatron_ext.costs.flops import flops_per_token
 from megatron_ext.device import current_device
 from megatron_ext.observe.metrics import routing_values
 from megatron_ext.observe.observers import Observers
@@ -32,6 +31,7 @@ class Run:
     checkpointer: Any
     observers: Observers
     sizes_V: torch.Tensor | None
+    flops_per_token: float
 
 
 def total_steps(train) -> int:
@@ -60,7 +60,7 @@ def _record(run: Run, result: StepResult, seconds: float, batch: int, skipped: i
     """One line of metrics.jsonl."""
     cfg, state, progress = run.cfg, run.state, run.state.progress
     tokens_per_s = result.num_tokens / seconds
-    flops = flops_per_token(cfg) * tokens_per_s
+    flops = run.flops_per_token * tokens_per_s
     groups = [group for group in state.optimizer.param_groups if group["params"]] or [{}]
     return {
         "step": progress.step,

@@ -11,6 +11,7 @@ from torch import nn
 
 from megatron_ext.checkpoint import Checkpointer, Progress, TrainState
 from megatron_ext.config import RunConfig
+from megatron_ext.costs.flops import model_flops_per_token
 from megatron_ext.device import Device
 from megatron_ext.mesh.agree import agree, first_rank
 from megatron_ext.mesh.grid import format_grid
@@ -98,9 +99,9 @@ def observers(cfg: RunConfig, where: RunDirectory, state: TrainState) -> Iterato
         made.close()
 
 
-def token_bytes(words: Tokenizer) -> torch.Tensor | None:
-    """UTF-8 bytes per token, for bits per byte."""
-    return bytes_per_token(words)
+def measures(cfg: RunConfig, words: Tokenizer, vocabulary: Vocabulary):
+    """(UTF-8 bytes of each token, for bits per byte; model FLOPs of a token, for throughput)."""
+    return bytes_per_token(words), model_flops_per_token(cfg, vocabulary.size)
 
 
 def _aux_line(cfg: RunConfig) -> str | None:

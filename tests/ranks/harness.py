@@ -77,7 +77,11 @@ def start_ranks(function: Callable, world_size: int, *args: Any):
 
 
 def run_ranks(function: Callable, world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
-    """Call `function(*args)` on `world_size` ranks; their results in rank order. Raises RanksFailed."""
+    """Call `function(*args)` on `world_size` ranks; their results in rank order. Raises RanksFailed.
+
+    Results travel through a pipe: return numbers, lists or numpy arrays, not tensors (they would share memory with a
+    process that is gone).
+    """
     processes, pipes = start_ranks(function, world_size, *args)
     deadline = time.monotonic() + timeout_s
     results: dict[int, Any] = {}
