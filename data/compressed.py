@@ -92,6 +92,10 @@ def open_bytes(path: Path, compression: str) -> Iterator[BinaryIO]:
             else:
                 yield raw
     except Exception as error:
+        if isinstance(error, OSError) and not is_damage(error):
+            raise DataError(
+                f"input cannot be read: {error.strerror}", do="repair it or leave it out", path=path
+            ) from error
         if not is_damage(error):
             raise
         raise DataError(

@@ -163,12 +163,12 @@ def write_domain(path: Path, documents: Iterable[Document]) -> dict[str, int]:
             stream.write(line.encode("utf-8") + b"\n")
             count += 1
             text_bytes += len(text.encode("utf-8"))
-    if not count:
-        raise DataError(
-            f"{path.stem} has no document: the standard library's sources are missing",
-            do="install the interpreter's library sources (not only .pyc)",
-            path=library_folder(),
-        )
+        if not count:
+            raise DataError(
+                f"{path.stem} has no document: the standard library's sources are missing",
+                do="install the interpreter's library sources (not only .pyc)",
+                path=library_folder(),
+            )
     return {"documents": count, "bytes": text_bytes}
 
 

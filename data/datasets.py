@@ -23,7 +23,7 @@ from data.indexed import IndexedFile
 from data.mock import MockDataset
 from data.rules import Rules
 from data.samples import BlendedDataset, Dataset, PackedDataset
-from megatron_ext.errors import ConfigError, DataError, Fatal
+from megatron_ext.errors import ConfigError, DataError
 
 SPLIT_NAMES = ("train", "valid", "test")
 DEFAULT_SPLIT = "969,30,1"
@@ -121,12 +121,12 @@ def open_datasets(
     try:
         if is_builder:
             _build(opening, made)
-    except Fatal as error:
+    except Exception as error:  # raised below: the other ranks must not wait for ever
         failure = error
     barrier()
     if failure is not None:
         raise failure
-    _require_vocabulary(opening)
+    _require_verdict(opening)
     for dataset in made:
         if dataset is not None:
             dataset.open()
@@ -267,27 +267,26 @@ def _no_documents(opening: _Opening, data_cfg, split: int, documents: int) -> No
 
 
 def _build(opening: _Opening, made: Sequence[BlendedDataset | None]) -> None:
-    """The builder's part: ids of all files, then the indices."""
+    """The builder's part: what the files hold, then the indices."""
     for file in opening.files.values():
-        if not scan.needs_no_scan(file, opening.vocab_size):
-            found = scan.from_report(file)
-            if found is None:
-                opening.cache.note(_scan_key(file), functools.partial(scan.scan, file))
-                found = opening.cache.read_note(_scan_key(file)) or scan.scan(file)
-            scan.require_range(file, found, opening.vocab_size)
+        key = scan.cache_key(file)
+        opening.cache.note(key, functools.partial(scan.examine, file))
+        _require_good(opening, file, opening.cache.read_note(key) or scan.examine(file))
     for dataset in made:
         if dataset is not None:
             dataset.build()
 
 
-def _require_vocabulary(opening: _Opening) -> None:
-    """All ranks: the builder's verdict on the ids, from the report or the cached scan."""
+def _require_good(opening: _Opening, file: IndexedFile, found: dict) -> None:
+    """Raises where a file is damaged or holds an id outside the vocabulary."""
+    scan.require_whole(file, found)
+    if not scan.needs_no_scan(file, opening.vocab_size):
+        scan.require_range(file, found, opening.vocab_size)
+
+
+def _require_verdict(opening: _Opening) -> None:
+    """All ranks: the builder's verdict on the files, as it left it in the cache."""
     for file in opening.files.values():
-        if not scan.needs_no_scan(file, opening.vocab_size):
-            found = scan.from_report(file) or opening.cache.read_note(_scan_key(file))
-            if found is not None:
-                scan.require_range(file, found, opening.vocab_size)
-
-
-def _scan_key(file: IndexedFile) -> str:
-    return f"scan-{scan.cache_key(file)}"
+        found = opening.cache.read_note(scan.cache_key(file))
+        if found is not None:
+            _require_good(opening, file, found)

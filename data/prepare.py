@@ -183,7 +183,7 @@ def join_shards(
 def make_report(
     job: Job, total: shards.ShardFacts, hashes: dict[str, str], seconds: float, workers: int
 ) -> dict:
-    """The content of PREFIX.report.json; all but ``run`` and the file's time is the same for every
+    """The content of PREFIX.report.json; all but ``run`` is the same for every
     run.
     """
     bin_path, _ = indexed.paths_of(job.prefix)
@@ -207,7 +207,6 @@ def make_report(
         "dtype": indexed.token_dtype(job.tokenizer.vocab_size).name,
         "tokenizer_fingerprint": job.tokenizer.fingerprint,
         "bin_bytes": total.bin_bytes,
-        "bin_mtime_ns": bin_path.stat().st_mtime_ns,
         "spot_sha256": spot_sha256(bin_path),
         **hashes,
         "run": {

@@ -102,12 +102,10 @@ class PackedDataset:
 
     def _entry(self, epoch: int) -> tuple[str, Callable[[], dict[str, np.ndarray]]]:
         """(key, builder) of the index of an epoch in the cache."""
-        status = self.file.idx_path.stat()
         key = key_of(
             "epoch",
             path=self.file.idx_path.resolve(),
-            size=status.st_size,
-            mtime_ns=status.st_mtime_ns,
+            stamp=scan.stamp(self.file.idx_path),
             first=self.first,
             documents=len(self.lengths),
             tokens=self.num_tokens,

@@ -1,14 +1,15 @@
-"""Every token id of a data file is inside the vocabulary, known before the first forward pass.
+"""What a ``.bin`` holds is known before the first forward pass: its ids, and that its bytes are
+whole.
 
-An id outside gives a finite, wrong loss in megatron-core (tensor parallelism turns it into a zero
-vector), so it must never reach the model.  Two nets: the whole ``.bin`` is scanned once, and each
-sample is checked again as it is read (`first_outside`), so that a file which changes later is
-caught too.
+An id outside the vocabulary gives a finite, wrong loss in megatron-core (tensor parallelism turns
+it into a zero vector), so it must never reach the model.  Two nets: the range of the ids of the
+whole file is known when it is opened, and each sample is checked again as it is read
+(`first_outside`), so that a file which changes later is caught too.
 
-A scan of terabytes takes a while, so its result (smallest and largest id) is taken from
-``PREFIX.report.json`` when the report belongs to these bytes: the same size, and the same time of
-change or the same hash over `SPOTS` blocks. Else it is scanned and kept in the index cache under
-the file's path, size and time of change.
+`examine` finds the range once; the result is kept in the index cache under the file's path, size
+and times of change.  Where ``PREFIX.report.json`` belongs to the file (the same size), its hash is
+compared - of all bytes up to `HASHED_WHOLE_BYTES`, of `SPOTS` blocks above - and its range is
+taken. Without a report all ids are read.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from data.indexed import IndexedFile
-from data.storage import read_json
+from data.storage import read_json, sha256_of
 from megatron_ext.errors import DataError
 
 SPOTS = 256
 SPOT_BYTES = 4096
 SCAN_TOKENS = 1 << 22
+HASHED_WHOLE_BYTES = 1 << 32
 
 
 def spot_sha256(path: Path) -> str:
@@ -53,23 +55,50 @@ def scan(file: IndexedFile) -> dict:
     return {"min_token_id": low[0], "min_at": low[1], "max_token_id": high[0], "max_at": high[1]}
 
 
-def from_report(file: IndexedFile) -> dict | None:
-    """The range that PREFIX.report.json states, where the report belongs to this ``.bin``."""
-    report = read_json(Path(f"{file.prefix}.report.json")) or {}
-    status = file.bin_path.stat()
-    if report.get("bin_bytes") != status.st_size or not isinstance(report.get("max_token_id"), int):
-        return None
-    same = report.get("bin_mtime_ns") == status.st_mtime_ns or report.get(
-        "spot_sha256"
-    ) == spot_sha256(file.bin_path)
-    return {name: report.get(name) for name in ("min_token_id", "max_token_id")} if same else None
+def examine(file: IndexedFile) -> dict:
+    """The range of the ids as `scan` gives it, or ``{"error": what}`` where the bytes are damaged."""
+    report = read_json(report_path(file)) or {}
+    size = file.bin_path.stat().st_size
+    if report.get("bin_bytes") != size or not isinstance(report.get("max_token_id"), int):
+        return scan(file)  # no report, or one of another file
+    name, hash_of = (
+        ("bin_sha256", sha256_of) if size <= HASHED_WHOLE_BYTES else ("spot_sha256", spot_sha256)
+    )
+    found = hash_of(file.bin_path)
+    if found != report.get(name):
+        return {
+            "error": f"bytes have changed: {name} is {found[:16]}..., {report_path(file).name} "
+            f"says {str(report.get(name))[:16]}..."
+        }
+    return {name: report.get(name) for name in ("min_token_id", "max_token_id")}
+
+
+def report_path(file: IndexedFile) -> Path:
+    """Where data.prepare writes the report of a pair."""
+    return Path(f"{file.prefix}.report.json")
 
 
 def cache_key(file: IndexedFile) -> str:
-    """Name of the scan of this file in the index cache."""
-    status = file.bin_path.stat()
-    facts = f"{file.bin_path.resolve()} {status.st_size} {status.st_mtime_ns} {file.dtype.name}"
-    return hashlib.sha256(facts.encode()).hexdigest()[:32]
+    """Name of the result of `examine` for this very file in the index cache."""
+    facts = f"{file.bin_path.resolve()} {stamp(file.bin_path)} {file.dtype.name}"
+    return f"scan-{hashlib.sha256(facts.encode()).hexdigest()[:32]}"
+
+
+def stamp(path: Path) -> str:
+    """Size and times of change: another content, or another copy, has another stamp."""
+    status = path.stat()
+    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+
+
+def require_whole(file: IndexedFile, result: dict) -> None:
+    """Raises where `examine` found damage."""
+    if "error" in result:
+        raise DataError(
+            result["error"],
+            do="copy the .bin again or rebuild it; delete the report if the .bin was replaced on "
+            "purpose",
+            path=file.bin_path,
+        )
 
 
 def require_range(file: IndexedFile, result: dict, vocab_size: int) -> None:

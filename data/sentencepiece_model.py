@@ -31,6 +31,9 @@ TRAINING_LINE_CHARACTERS = 2000
 EOD_PIECES = ("<eod>", "<EOD>", "<|endoftext|>")
 BYTE_VALUES = 256
 CONTROL_PIECES = 3
+UNIT = re.compile(" *[^ ]+| +")
+UNITS_KEPT = 1 << 18
+LONGEST_UNIT_KEPT = 64
 
 
 def require_sentencepiece():
@@ -125,6 +128,7 @@ class SentencePieceTokenizer:
         ).hexdigest()
         self._bytes_of_id = self._byte_lengths()
         self._mark_ids = self._space_mark_ids()
+        self._units: dict[str, list[int]] | None = {} if self._encodes_by_units(content) else None
 
     def _find_eod(self, model: Path) -> int:
         for piece in EOD_PIECES:
@@ -157,14 +161,46 @@ class SentencePieceTokenizer:
         adds_prefix = self.processor.encode_as_pieces("a")[0].startswith(SPACE_MARK)
         return None if adds_prefix or not all(map(self.processor.is_byte, ids)) else ids
 
+    def _encodes_by_units(self, content: bytes) -> bool:
+        """True where spaces with the word after them are encoded alone, whatever is around them.
+
+        So it is for a BPE model that normalises nothing and has no piece with a space after
+        another character: no merge crosses from one unit into the next.
+        """
+        try:
+            from sentencepiece import sentencepiece_model_pb2
+        except ImportError:
+            return False  # no protobuf: slower, the same ids
+        model = sentencepiece_model_pb2.ModelProto.FromString(content)
+        return (
+            self._mark_ids is not None
+            and model.trainer_spec.model_type == model.trainer_spec.BPE
+            and model.normalizer_spec.name == "identity"
+            and not model.normalizer_spec.remove_extra_whitespaces
+            and not any(SPACE_MARK in piece.piece.lstrip(SPACE_MARK) for piece in model.pieces)
+        )
+
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; no eod."""
         ids = [self.bos] if self.add_bos else []
         if self._mark_ids is None or SPACE_MARK not in text:
-            return ids + self.processor.encode(text)
-        parts = text.split(SPACE_MARK)
-        for number, part in enumerate(parts):
-            ids += (self._mark_ids if number else []) + self.processor.encode(part)
+            return ids + self._encode_part(text)
+        for number, part in enumerate(text.split(SPACE_MARK)):
+            ids += (self._mark_ids if number else []) + self._encode_part(part)
+        return ids
+
+    def _encode_part(self, text: str) -> list[int]:
+        if self._units is None:
+            return self.processor.encode(text)
+        ids: list[int] = []
+        known = self._units
+        for unit in UNIT.findall(text):
+            found = known.get(unit)
+            if found is None:
+                found = self.processor.encode(unit)
+                if len(known) < UNITS_KEPT and len(unit) <= LONGEST_UNIT_KEPT:
+                    known[unit] = found
+            ids += found
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

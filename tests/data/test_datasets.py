@@ -148,6 +148,34 @@ def test_token_that_appears_after_the_scan_is_caught_as_it_is_read(data_cfg, tmp
         content(train)
 
 
+def test_flipped_bit_is_refused_at_the_start_on_every_rank(data_cfg, tmp_path, jsonl, bpe_path):
+    from data import prepare
+
+    prefix = tmp_path / "p"
+    tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(bpe_path)]
+    prepare.main(["--input", str(jsonl), "--output", str(prefix), "--workers", "1", *tokenizer])
+    cfg = data_cfg(data_path=[str(prefix)], split="1", data_cache_path=str(tmp_path / "c"))
+    wanted = content(opened(cfg).train)
+    good = prefix.with_suffix(".bin").read_bytes()
+    prefix.with_suffix(".bin").write_bytes(good[:777] + bytes([good[777] ^ 1]) + good[778:])
+    lines = set()
+    for is_builder in (True, False):
+        with pytest.raises(DataError, match="bytes have changed: bin_sha256 is") as caught:
+            opened(cfg, is_builder=is_builder)
+        lines.add(str(caught.value))
+    assert len(lines) == 1
+    prefix.with_suffix(".bin").write_bytes(good)
+    assert content(opened(cfg).train) == wanted
+
+
+def test_a_builder_that_fails_still_comes_to_the_barrier(data_cfg, two, monkeypatch):
+    monkeypatch.setattr("data.scan.scan", lambda file: 1 / 0)
+    calls = []
+    with pytest.raises(ZeroDivisionError):
+        opened(data_cfg(data_path=two), barrier=lambda: calls.append(1))
+    assert calls == [1]
+
+
 def test_empty_splits(data_cfg, tmp_path, two):
     write_pair(tmp_path / "p", [[1, 2, 3]] * 4, np.uint16)
     splits = opened(data_cfg(data_path=[str(tmp_path / "p")]), (10, 10, 10))

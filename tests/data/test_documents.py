@@ -150,3 +150,13 @@ def test_skipped_merge_keeps_five_examples():
         total.merge(skipped)
     assert total.counts == {"why": 12}
     assert total.examples == {"why": ["a0", "b0", "a1", "b1", "a2"]}
+
+
+def test_an_input_that_cannot_be_read_is_not_called_a_full_disk(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    (source,), skipped = find_sources([path])
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match="input cannot be read: Is a directory"):
+        list(read_piece(whole(source), "text", skipped))

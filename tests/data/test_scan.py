@@ -6,6 +6,7 @@ import pytest
 
 from data import scan
 from data.indexed import IndexedFile, write_pair
+from data.storage import sha256_of
 from megatron_ext.errors import DataError
 
 
@@ -51,23 +52,29 @@ def test_inside_is_accepted(tmp_path):
     scan.require_range(file, scan.scan(file), 100)
 
 
-def test_report_is_believed_only_for_its_own_bytes(tmp_path):
+@pytest.mark.parametrize("hashed_whole", [0, 1 << 32])
+def test_report_is_believed_only_for_its_own_bytes(tmp_path, monkeypatch, hashed_whole):
+    monkeypatch.setattr(scan, "HASHED_WHOLE_BYTES", hashed_whole)
     file = with_bad(tmp_path / "p", 50)
-    status = os.stat(tmp_path / "p.bin")
+    path = tmp_path / "p.report.json"
     report = {
-        "bin_bytes": status.st_size,
-        "bin_mtime_ns": status.st_mtime_ns,
+        "bin_bytes": (tmp_path / "p.bin").stat().st_size,
+        "bin_sha256": sha256_of(tmp_path / "p.bin"),
+        "spot_sha256": scan.spot_sha256(tmp_path / "p.bin"),
         "min_token_id": 1,
         "max_token_id": 50,
-        "spot_sha256": scan.spot_sha256(tmp_path / "p.bin"),
     }
-    path = tmp_path / "p.report.json"
     path.write_text(json.dumps(report))
-    assert scan.from_report(file) == {"min_token_id": 1, "max_token_id": 50}
-    os.utime(tmp_path / "p.bin", ns=(1, 1))
-    assert scan.from_report(file) == {"min_token_id": 1, "max_token_id": 50}
-    file = with_bad(tmp_path / "p", 77)
-    assert scan.from_report(file) is None
+    assert scan.examine(file) == {"min_token_id": 1, "max_token_id": 50}
+    good = (tmp_path / "p.bin").read_bytes()
+    for offset in range(len(good)):
+        for bit in (0, 7):
+            flipped = good[:offset] + bytes([good[offset] ^ (1 << bit)]) + good[offset + 1 :]
+            (tmp_path / "p.bin").write_bytes(flipped)
+            with pytest.raises(DataError, match="bytes have changed"):
+                scan.require_whole(file, scan.examine(file))
+    (tmp_path / "p.bin").write_bytes(good)
+    scanned = scan.scan(file)
     for content in (
         "",
         "[]",
@@ -76,7 +83,15 @@ def test_report_is_believed_only_for_its_own_bytes(tmp_path):
         json.dumps({**report, "bin_bytes": 1}),
     ):
         path.write_text(content)
-        assert scan.from_report(file) is None
+        assert scan.examine(file) == scanned
+
+
+def test_another_content_has_another_key_even_with_the_old_time(tmp_path):
+    file = with_bad(tmp_path / "p", 50)
+    status, key = os.stat(tmp_path / "p.bin"), scan.cache_key(file)
+    with_bad(tmp_path / "p", 51)
+    os.utime(tmp_path / "p.bin", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert scan.cache_key(file) != key
 
 
 def test_needs_no_scan():

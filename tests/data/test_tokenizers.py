@@ -60,6 +60,16 @@ def test_sentencepiece_loses_nothing_of_random_unicode(tokenizer):
         assert tokenizer.bytes_of(ids) == len(text.encode())
 
 
+def test_encoding_by_units_equals_sentencepiece(tokenizer, texts):
+    pytest.importorskip("google.protobuf")
+    assert tokenizer._units is not None
+    for text in [*HOSTILE, *texts, " x  y\n   z ", "\n  \n\t  a"]:
+        if "\u2581" not in text:
+            assert tokenizer.encode(text) == tokenizer.processor.encode(text)
+            assert tokenizer.encode(text) == tokenizer.processor.encode(text)
+    assert 10 < len(tokenizer._units) < 10_000
+
+
 def test_training_is_deterministic_and_exact(tmp_path, texts, bpe_path, tokenizer):
     sentencepiece_model.train(texts, 400, tmp_path / "elsewhere.model")
     assert (tmp_path / "elsewhere.model").read_bytes() == bpe_path.read_bytes()
