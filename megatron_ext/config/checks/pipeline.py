@@ -116,7 +116,7 @@ def _unsplittable(cfg: RunConfig, rule: str) -> Violation:
         "--num-layers",
         split.num_layers,
         f"{added} must be a multiple of {name} = {step}".strip(),
-        f"use {one_of(near)} layers, or pp {one_of(pps, split.pp)}",
+        f"use {one_of(near)} layers" + (f", or pp {one_of(pps, split.pp)}" if pps else ""),
     )
 
 
