@@ -86,14 +86,16 @@ def prepare(job: Job, args: argparse.Namespace, skipped: documents.Skipped) -> d
             return {**done, "already_done": True}
         plan = shards.plan(job.sources)
         recipe = shards.Recipe(job.parts, job.key, job.append_eod)
-        facts = run_shards(recipe, plan, job.tokenizer, args)
+        facts, kept = run_shards(recipe, plan, job.tokenizer, args)
         total = shards.total_facts(facts)
         skipped.merge(total.skipped)
         total.skipped = skipped
         if not total.tokens:
             raise documents.nothing_found(skipped, job.key)
         hashes = join_shards(job, facts, total)
-        report = make_report(job, total, hashes, time.monotonic() - started, args.workers)
+        report = make_report(job, total, hashes)
+        seconds = round(time.monotonic() - started, 3)
+        report["run"] = {"seconds": seconds, "workers": args.workers, "kept_shards": kept}
         write_json(job.report, report)
         shutil.rmtree(job.parts)
     return report
@@ -112,8 +114,10 @@ def locked(job: Job) -> Iterator[None]:
                 do="wait for it or choose another",
                 path=job.prefix,
             ) from None
-        yield
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def finished_report(job: Job, overwrite: bool) -> dict | None:
@@ -180,12 +184,8 @@ def join_shards(
     return {"bin_sha256": digest.hexdigest(), "idx_sha256": sha256_of(idx_path)}
 
 
-def make_report(
-    job: Job, total: shards.ShardFacts, hashes: dict[str, str], seconds: float, workers: int
-) -> dict:
-    """The content of PREFIX.report.json; all but ``run`` is the same for every
-    run.
-    """
+def make_report(job: Job, total: shards.ShardFacts, hashes: dict[str, str]) -> dict:
+    """The part of PREFIX.report.json that every run of a job writes alike."""
     bin_path, _ = indexed.paths_of(job.prefix)
     return {
         "format": FORMAT,
@@ -209,11 +209,6 @@ def make_report(
         "bin_bytes": total.bin_bytes,
         "spot_sha256": spot_sha256(bin_path),
         **hashes,
-        "run": {
-            "seconds": round(seconds, 3),
-            "workers": workers,
-            "megabytes_per_s": round(total.text_bytes / 1e6 / max(seconds, 1e-9), 3),
-        },
     }
 
 

@@ -56,7 +56,7 @@ def scan(file: IndexedFile) -> dict:
 
 
 def examine(file: IndexedFile) -> dict:
-    """The range of the ids as `scan` gives it, or ``{"error": what}`` where the bytes are damaged."""
+    """The range of the ids as `scan` gives it, or ``{"error": what}`` where bytes are damaged."""
     report = read_json(report_path(file)) or {}
     size = file.bin_path.stat().st_size
     if report.get("bin_bytes") != size or not isinstance(report.get("max_token_id"), int):

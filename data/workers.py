@@ -25,8 +25,10 @@ INPUT_BYTES_PER_ID_BYTE = 4
 
 def run_shards(
     recipe: Recipe, plan: list[list[Piece]], tokenizer: Tokenizer, args: Namespace
-) -> list[ShardFacts]:
-    """Facts of all shards in order; finished ones are kept, the others run on ``args.workers``.
+) -> tuple[list[ShardFacts], int]:
+    """Facts of all shards in order, and how many were finished by an earlier run.
+
+    The others run on ``args.workers`` processes.
 
     Args:
         args: the command line, from which each worker loads its own tokenizer.
@@ -45,7 +47,7 @@ def run_shards(
         done[facts.shard] = facts
         progress.show()
     progress.end()
-    return [done[shard] for shard in range(len(plan))]
+    return [done[shard] for shard in range(len(plan))], len(plan) - len(open_shards)
 
 
 def _run_here(

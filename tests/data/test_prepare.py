@@ -196,7 +196,7 @@ def test_a_write_that_fails_is_one_line_and_leaves_nothing(tmp_path, jsonl, bpe_
     assert "File too large" in done.stderr
     assert f"path={tmp_path}/o/p.parts/shard-000000.bin" in done.stderr
     left = sorted(path.name for path in (tmp_path / "o").rglob("*") if path.is_file())
-    assert left == [".p.lock", "settings.json"]
+    assert left == ["settings.json"]
 
 
 def test_read_only_folder(tmp_path, jsonl, bpe_path):
@@ -247,3 +247,11 @@ def test_usage_errors_are_one_line_with_code_64():
         "FATAL 64 rank=0 what=the following arguments are required: --output"
     )
     assert done.stderr.count("\n") == 1
+
+
+def test_data_commands_need_no_torch():
+    code = "import sys, data.prepare, data.corpus, data.datasets; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
