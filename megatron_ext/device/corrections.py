@@ -22,6 +22,15 @@ def router_without_transformer_engine() -> None:
         moe_utils.te_general_gemm = None
 
 
+def latent_attention_without_transformer_engine() -> None:
+    """Multi-latent attention takes HAVE_TE for true without Transformer Engine and then asks isinstance(x, None)."""
+    from megatron.core.extensions.transformer_engine import TELinear
+    from megatron.core.transformer import multi_latent_attention
+
+    if TELinear is None:
+        multi_latent_attention.HAVE_TE = False
+
+
 def split_sizes_as_lists() -> None:
     """`maybe_move_tensor_to_cpu` leaves CPU tensors as they are: all_to_all then gets tensors as split sizes.
 
@@ -129,6 +138,7 @@ def apply(kind: str) -> None:
     """Import megatron-core and correct it for `kind` = "cpu" or "cuda". Call once, after `lift()` on a CPU."""
     import_quietly()
     router_without_transformer_engine()
+    latent_attention_without_transformer_engine()
     if kind == "cpu":
         split_sizes_as_lists()
         random_state_of_the_cpu()

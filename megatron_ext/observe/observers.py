@@ -5,12 +5,14 @@ Rank 0 holds the real one; other ranks hold one without observers, so that the l
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_ext.config import RunConfig
+from megatron_ext.moe.stats import RoutingRecord
 from megatron_ext.observe import console
 from megatron_ext.observe.metrics import MetricsFile
 from megatron_ext.observe.run_dir import RunDirectory
@@ -26,6 +28,8 @@ class Observers:
         self, cfg: RunConfig, where: RunDirectory, *, first_step: int, num_steps: int, is_active: bool
     ) -> None:
         self.cfg, self.num_steps, self.is_active = cfg, num_steps, is_active
+        self._where = where
+        self._last_routing: tuple[int, RoutingRecord | None] = (first_step, None)
         self._pending: list[dict[str, Any]] = []
         self._bar: Progress | None = None
         if not is_active:
@@ -48,11 +52,12 @@ class Observers:
         else:
             print(text, flush=True)
 
-    def step(self, record: dict[str, Any]) -> None:
-        """A finished training step."""
+    def step(self, record: dict[str, Any], routing: RoutingRecord | None) -> None:
+        """A finished training step and its routing (None for a dense model)."""
         if not self.is_active:
             return
         self._metrics.write(record)
+        self._last_routing = (record["step"], routing)
         if record["step"] % self.cfg.observe.tensorboard_log_interval == 0:
             self._board.write_step(record)
         if self._bar is not None:
@@ -90,8 +95,21 @@ class Observers:
             return
         if self._bar is not None:
             self._bar.stop()
+        self._write_expert_load()
         self._metrics.close()
         self._board.close()
+
+    def _write_expert_load(self) -> None:
+        """RUN/expert_load.json: assignments per layer and expert of the last step, [L][E]."""
+        step, routing = self._last_routing
+        if routing is None:
+            return
+        load = {
+            "step": step,
+            "counts": [[int(count) for count in row] for row in routing.counts_LE.tolist()],
+            "is_moe": routing.is_moe_L.tolist(),
+        }
+        self._where.expert_load.write_text(json.dumps(load))
 
 
 def _progress_bar() -> Progress:

@@ -26,6 +26,10 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def expert_load(self) -> Path:
+        return self.root / "expert_load.json"
+
+    @property
     def config(self) -> Path:
         return self.root / "config.yaml"
 

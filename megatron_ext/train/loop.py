@@ -131,7 +131,7 @@ def _take_step(run: Run, batches: MicroBatches, stop: StopRequest, skipped: int)
     progress.consumed_samples += batch
     progress.consumed_tokens += batch * model.seq_length
     skipped += result.was_skipped
-    run.observers.step(_record(run, result, seconds, batch, skipped))
+    run.observers.step(_record(run, result, seconds, batch, skipped), result.routing)
     return result, skipped
 
 

@@ -1,0 +1,137 @@
+"""Write a few lines with a checkpoint:
+
+python -m megatron_ext.generate --load runs/quickstart/checkpoints --prompt "def "
+
+The model and the tokenizer are those of the run that saved the checkpoint; it is loaded into this one process whatever
+layout it was trained in. Sampling is greedy with --temperature 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from megatron_ext.config import RunConfig, parse
+from megatron_ext.errors import DataError, exit_on_fatal
+
+LAYOUT_KEYS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage",
+    "num_virtual_stages_per_pipeline_rank",
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "sequence_parallel",
+    "world_size",
+    "overlap_p2p_comm",
+    "batch_p2p_comm",
+    "global_batch_size",
+    "rampup_batch_size",
+    "load",
+    "run_dir",
+)
+
+
+def one_rank_config(run: dict, folder: str, options: list[str]) -> RunConfig:
+    """The saved run's configuration for one rank, with `options` (flags) on top."""
+    saved = yaml.safe_load(run["config"])
+    for section in saved.values():
+        if isinstance(section, dict):
+            for key in LAYOUT_KEYS:
+                section.pop(key, None)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(saved, file)
+        file.flush()
+        return parse(["--config", file.name, "--load", folder, "--world-size", "1", *options])
+
+
+def _flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_ext.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--load", required=True, help="folder of checkpoints, RUN/checkpoints")
+    parser.add_argument("--ckpt-step", type=int, help="step to load; default: the newest")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest; 0: all")
+    parser.add_argument("--top-p", type=float, default=0.95, help="draw from this probability")
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    return parser
+
+
+def _saved_run(folder: Path, step: int | None) -> dict:
+    """What the checkpoint says about the run that wrote it."""
+    from megatron_ext.checkpoint import folder as on_disk
+
+    known = on_disk.steps(folder) if folder.is_dir() else []
+    chosen = step if step is not None else on_disk.latest_step(folder) or max(known, default=None)
+    if chosen not in known:
+        raise DataError(
+            f"--load holds {'no checkpoint' if not known else f'steps {known}, not {step}'}",
+            do="name a run's checkpoints folder, such as runs/quickstart/checkpoints",
+            path=folder,
+        )
+    return on_disk.read_record(folder / on_disk.step_name(chosen))["run"]
+
+
+def write(args: argparse.Namespace) -> None:
+    """Load the checkpoint and print the prompt and its continuation."""
+    from megatron_ext.device import start
+
+    device = start(args.device)
+    options = ["--device", device.kind]
+    if args.ckpt_step is not None:
+        options += ["--ckpt-step", str(args.ckpt_step)]
+    cfg = one_rank_config(_saved_run(Path(args.load), args.ckpt_step), args.load, options)
+
+    from megatron_ext.checkpoint import Checkpointer, Progress, TrainState
+    from megatron_ext.mesh.groups import process_groups
+    from megatron_ext.model.gpt import build_chunks, vocabulary
+    from megatron_ext.train import setup
+    from megatron_ext.train.generate import generate
+
+    with process_groups(cfg.parallel, device, cfg.train.seed):
+        tokenizer = setup.tokenizer(cfg)
+        words = vocabulary(cfg, tokenizer.vocab_size)
+        (model,) = build_chunks(cfg, words)
+        checkpointer = Checkpointer(cfg.checkpoint, None, Path(args.load), run_info={})
+        checkpointer.load(TrainState([model], None, None, Progress()))
+        prompt = tokenizer.encode(args.prompt) or [tokenizer.eod]
+        new = generate(
+            model,
+            prompt,
+            max_new_tokens=args.max_new_tokens,
+            max_context=cfg.model.max_position_embeddings,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+        )
+        print(args.prompt + tokenizer.decode(list(new)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, load, write."""
+    args = _flags().parse_args(argv)
+    with exit_on_fatal():
+        write(args)
+
+
+if __name__ == "__main__":
+    main()
