@@ -89,31 +89,14 @@ def open_datasets(
         ConfigError: flags that contradict each other.  DataError: bad files.  DiskError:
             --data-cache-path.
     """
-    rules = Rules(
-        eod,
-        *(
-            bool(getattr(data_cfg, name, False))
-            for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
-        ),
-    )
+    rules = _rules_of(data_cfg, eod)
     if getattr(data_cfg, "mock_data", False):
-        made = [
-            MockDataset(count or 1, seq_length, vocab_size, rules, seed, split)
-            if count != 0
-            else None
-            for split, count in enumerate(num_samples)
-        ]
         barrier()
-        return Splits(*made)
+        return _mock_splits(seq_length, num_samples, seed, vocab_size, rules)
     blends = blends_of(data_cfg)
-    opening = _Opening(
-        seq_length,
-        seed,
-        vocab_size,
-        rules,
-        getattr(data_cfg, "mmap_bin_files", True) is not False,
-        cache_of(data_cfg, blends),
-    )
+    mmap = getattr(data_cfg, "mmap_bin_files", True) is not False
+    cache = cache_of(data_cfg, blends)
+    opening = _Opening(seq_length, seed, vocab_size, rules, mmap, cache)
     made = [
         _blended(opening, blends, data_cfg, split, count) for split, count in enumerate(num_samples)
     ]
@@ -131,6 +114,26 @@ def open_datasets(
         if dataset is not None:
             dataset.open()
     return Splits(*made, warnings=tuple(opening.warnings + opening.cache.warnings))
+
+
+def _rules_of(data_cfg, eod: int) -> Rules:
+    names = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+    return Rules(eod, *(bool(getattr(data_cfg, name, False)) for name in names))
+
+
+def _mock_splits(
+    seq_length: int,
+    num_samples: tuple[int | None, int | None, int | None],
+    seed: int,
+    vocab_size: int,
+    rules: Rules,
+) -> Splits:
+    """Made-up data; None samples, one epoch elsewhere, is one sample."""
+    made = [
+        None if count == 0 else MockDataset(count or 1, seq_length, vocab_size, rules, seed, split)
+        for split, count in enumerate(num_samples)
+    ]
+    return Splits(*made)
 
 
 def blends_of(data_cfg) -> list[list[blend.BlendEntry]]:
