@@ -1,8 +1,10 @@
-"""The checkpoint folder: names, complete and incomplete, and the moves that make a checkpoint appear whole.
+"""The checkpoint folder: names, complete and incomplete, and the moves that make a checkpoint
+appear whole.
 
-A step is written under `.writing_step_00000100_<id>` and renamed when every rank's file is on disk; `latest` follows by
-atomic replacement. So a folder named `step_...` was complete once, and a crash leaves the previous one untouched.
-`state.json` lists every file with its size: what was cut or removed later is seen before anything is read.
+A step is written under `.writing_step_00000100_<id>` and renamed when every rank's file is on disk;
+`latest` follows by atomic replacement. So a folder named `step_...` was complete once, and a crash
+leaves the previous one untouched. `state.json` lists every file with its size: what was cut or
+removed later is seen before anything is read.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def step_name(step: int) -> str:
 
 
 def disk_error(error: OSError, path: Path, num_bytes: int | None = None) -> DiskError:
-    """The one line for a failed write, with what was needed and what is free where space is the reason."""
+    """The one line for a failed write, with what was needed and what is free where space is the
+    reason.
+    """
     where = Path(error.filename) if isinstance(error.filename, str) else path
     what = f"cannot write the checkpoint: {os.strerror(error.errno) if error.errno else error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -45,7 +49,9 @@ def disk_error(error: OSError, path: Path, num_bytes: int | None = None) -> Disk
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write on the file system of `path` or of its nearest existing parent."""
+    """Bytes that this user may still write on the file system of `path` or of its nearest existing
+    parent.
+    """
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free
@@ -90,11 +96,14 @@ def begin(directory: Path, step: int) -> Path:
 
 
 def finish(writing: Path, directory: Path, record: dict[str, Any]) -> Path:
-    """Write the record, make everything durable, give the folder its name, and point `latest` at it.
+    """Write the record, make everything durable, give the folder its name, and point `latest` at
+    it.
 
-    A complete checkpoint of the same step (the run went back and came here again) is moved away first and deleted last.
+    A complete checkpoint of the same step (the run went back and came here again) is moved away
+    first and deleted last.
     """
-    record["files"] = {file.name: file.stat().st_size for file in sorted(writing.iterdir())}
+    files = sorted(writing.iterdir())
+    record["files"] = {file.name: {"bytes": file.stat().st_size} for file in files}
     write_atomically(writing / RECORD, json.dumps(record, indent=1))
     final = directory / step_name(record["step"])
     replaced = None
@@ -137,10 +146,13 @@ def latest_step(directory: Path) -> int | None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """`state.json` of a complete checkpoint. Raises DataError where it, or a file that it lists, is missing or cut."""
+    """`state.json` of a complete checkpoint. Raises DataError where it, or a file that it lists, is
+    missing or cut.
+    """
     try:
         record = json.loads((path / RECORD).read_text())
-        version, files = record["version"], record["files"]
+        version = record["version"]
+        files = {name: entry["bytes"] for name, entry in record["files"].items()}
         sizes = {name: (path / Path(name).name).stat().st_size for name in files}
     except FileNotFoundError as error:
         name = Path(error.filename).name
@@ -149,12 +161,14 @@ def read_record(path: Path) -> dict[str, Any]:
         raise DataError(f"checkpoint record cannot be read: {error}", path=path / RECORD) from error
     if version > RECORD_VERSION:
         raise DataError(
-            f"checkpoint is of version {version}, this program reads up to {RECORD_VERSION}", path=path
+            f"checkpoint is of version {version}, this program reads up to {RECORD_VERSION}",
+            path=path,
         )
     for name, size in files.items():
         if sizes[name] != size:
             raise DataError(
-                f"checkpoint is damaged: {name} has {sizes[name]} bytes, was written with {size}", path=path
+                f"checkpoint is damaged: {name} has {sizes[name]} bytes, was written with {size}",
+                path=path,
             )
     return record
 

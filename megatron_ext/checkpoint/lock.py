@@ -1,8 +1,9 @@
 """One writer a folder: `lease.json` names the host and process that may save here.
 
-Taken by rank 0 with O_EXCL, touched every few seconds while the run lives, removed at its end. A lease is stale, and is
-taken over, when its process is gone (seen from the same host and process-id namespace) or, seen from elsewhere, when it
-has not been touched for two minutes of the file server's own clock.
+Taken by rank 0 with O_EXCL, touched every few seconds while the run lives, removed at its end. A
+lease is stale, and is taken over, when its process is gone (seen from the same host and process-id
+namespace) or, seen from elsewhere, when it has not been touched for two minutes of the file
+server's own clock.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ _log = logging.getLogger(__name__)
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot (a pid may be used again); None if there is none."""
+    """When a process started, in clock ticks since boot (a pid may be used again); None if there is
+    none.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -66,7 +69,7 @@ class Lease:
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[int]:
-        """Only one process at a time looks at the lease and changes it (where the file system knows flock)."""
+        """One process at a time looks at the lease and changes it, where there is flock."""
         descriptor = os.open(self.directory / _GUARD, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             with contextlib.suppress(OSError):
@@ -76,7 +79,9 @@ class Lease:
             os.close(descriptor)
 
     def take(self) -> None:
-        """Take the lease. Raises LockedError (73) while another run holds it, DiskError (74) if nothing can be written."""
+        """Take the lease. Raises LockedError (73) while another run holds it, DiskError (74) if
+        nothing can be written.
+        """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with self._guard() as guard:
@@ -101,20 +106,24 @@ class Lease:
         if is_alive(holder, self.identity, age_s):
             raise LockedError(
                 f"another run saves into this folder: {who}, last sign {age_s:.0f} s ago",
-                do=f"stop that run, or --save another folder; if it is gone for sure, remove {self.path}",
+                do=f"stop that run, or --save another folder; if it is gone, remove {self.path}",
                 path=self.directory,
             )
         _log.warning("took over the stale lease of %s in %s", who, self.directory)
         self.path.unlink()
 
     def _beat(self) -> None:
-        """Touch the lease until released; a failing touch is not worth a run, the next save will say more."""
+        """Touch the lease until released; a failing touch is not worth a run, the next save will
+        say more.
+        """
         while not self._stop.wait(BEAT_S):
             with contextlib.suppress(OSError):
                 os.utime(self.path)
 
     def is_mine(self) -> bool:
-        """False once another run has taken over (this process was stopped for long, or somebody removed the file)."""
+        """False once another run has taken over (this process was stopped for long, or somebody
+        removed the file).
+        """
         holder = read_lease(self.path)
         return holder is not None and holder.get("uuid") == self.identity["uuid"]
 
@@ -136,7 +145,9 @@ class Lease:
 
 
 def read_lease(path: Path) -> dict[str, Any] | None:
-    """Who holds the folder; None for nobody. An unreadable lease belongs to an unknown holder: only its age counts."""
+    """Who holds the folder; None for nobody. An unreadable lease belongs to an unknown holder: only
+    its age counts.
+    """
     try:
         holder = json.loads(path.read_text())
     except FileNotFoundError:
@@ -147,7 +158,9 @@ def read_lease(path: Path) -> dict[str, Any] | None:
 
 
 def is_alive(holder: dict[str, Any], me: dict[str, Any], age_s: float) -> bool:
-    """Whether the holder still runs: its process, where it can be seen from here, else the age of its last sign."""
+    """Whether the holder still runs: its process, where it can be seen from here, else the age of
+    its last sign.
+    """
     can_see = me["namespace"] != "unknown" and holder.get("namespace") == me["namespace"]
     if can_see and isinstance(holder.get("pid"), int):
         return _started(holder["pid"]) == holder.get("started")

@@ -1,7 +1,7 @@
 """The random streams of one rank as plain tensors, so that a checkpoint needs no pickle for them.
 
-Streams: Python's `random`, numpy's global one, torch's CPU one, the CUDA device's, and megatron-core's tracker
-(data-parallel, tensor-parallel and expert-parallel streams).
+Streams: Python's `random`, numpy's global one, torch's CPU one, the CUDA device's, and
+megatron-core's tracker (data-parallel, tensor-parallel and expert-parallel streams).
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ def _float(bits: int) -> float:
 
 
 def encode_python(state: tuple) -> Tensor:
-    """`random.getstate()` -> int64 [628]: version, 624 words, position, has spare Gaussian, its bits."""
+    """`random.getstate()` -> int64 [628]: version, 624 words, position, has spare Gaussian, its
+    bits.
+    """
     version, words, spare = state
-    return torch.tensor([version, *words, spare is not None, _bits(spare or 0.0)], dtype=torch.int64)
+    return torch.tensor(
+        [version, *words, spare is not None, _bits(spare or 0.0)], dtype=torch.int64
+    )
 
 
 def decode_python(encoded: Tensor) -> tuple:

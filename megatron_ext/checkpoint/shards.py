@@ -1,10 +1,11 @@
 """Optimizer states as pieces of global tensors, whatever optimizer holds them.
 
-A weight has a `ShardedTensor`: its name, its shape in the whole model, and the offset of this rank's part. Its
-optimizer states (exp_avg, exp_avg_sq, fp32 master) are the same pieces under `optimizer.state.<name>.<weight>`.
-The distributed optimizer keeps a flat range [start, stop) of the weight instead, cut anywhere. Such a range is a few
-boxes of the weight, so each box is written (and read) at its own place: no gathering, no second copy, and every layout
-can read it. Example: range [3, 17) of a [4, 5] weight is row 0 columns 3-4, rows 1-2, row 3 columns 0-1.
+A weight has a `ShardedTensor`: its name, its shape in the whole model, and the offset of this
+rank's part. Its optimizer states (exp_avg, exp_avg_sq, fp32 master) are the same pieces under
+`optimizer.state.<name>.<weight>`. The distributed optimizer keeps a flat range [start, stop) of the
+weight instead, cut anywhere. Such a range is a few boxes of the weight, so each box is written (and
+read) at its own place: no gathering, no second copy, and every layout can read it. Example: range
+[3, 17) of a [4, 5] weight is row 0 columns 3-4, rows 1-2, row 3 columns 0-1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ PREFIX = "optimizer.state."
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """The flat range [start, stop) of a row-major tensor of `shape` as boxes, in the order of the flat range."""
+    """The flat range [start, stop) of a row-major tensor of `shape` as boxes, in the order of the
+    flat range.
+    """
     if start >= stop:
         return
     if len(shape) <= 1:
@@ -52,7 +55,9 @@ def _in_row(inner: tuple[int, ...], row: int, start: int, stop: int) -> Iterator
 
 @dataclass(frozen=True)
 class Held:
-    """What this rank's optimizer holds for one weight: `tensors` by state name, for its flat range or all of it."""
+    """What this rank's optimizer holds for one weight: `tensors` by state name, for its flat range
+    or all of it.
+    """
 
     weight: Tensor
     tensors: dict[str, Tensor]
@@ -73,9 +78,11 @@ def _is_torch_adam(leaf: MegatronOptimizer) -> bool:
 
 
 def prepare(leaf: MegatronOptimizer) -> None:
-    """Create the states that the first step would create (zeros), so that there is something to save or fill.
+    """Create the states that the first step would create (zeros), so that there is something to
+    save or fill.
 
-    megatron-core's own initialiser leaves out torch Adam's `step`, without which the next step raises KeyError.
+    megatron-core's own initialiser leaves out torch Adam's `step`, without which the next step
+    raises KeyError.
     """
     if leaf.init_state_fn is not None:
         leaf.init_state_fn(leaf.optimizer, leaf.config)
@@ -89,7 +96,9 @@ def prepare(leaf: MegatronOptimizer) -> None:
 
 
 def get_step(optimizer: MegatronOptimizer | None) -> int:
-    """Optimizer steps done, which is what Adam's bias correction counts; 0 where this rank holds no parameter."""
+    """Optimizer steps done, which is what Adam's bias correction counts; 0 where this rank holds no
+    parameter.
+    """
     steps = [0]
     for leaf in leaf_optimizers(optimizer):
         steps += [int(state["step"]) for state in leaf.optimizer.state.values() if "step" in state]
@@ -98,7 +107,9 @@ def get_step(optimizer: MegatronOptimizer | None) -> int:
 
 
 def set_step(optimizer: MegatronOptimizer | None, step: int) -> None:
-    """Write the step count where the optimizer keeps it: per parameter (torch) or per group (Apex, TE)."""
+    """Write the step count where the optimizer keeps it: per parameter (torch) or per group (Apex,
+    TE).
+    """
     for leaf in leaf_optimizers(optimizer):
         if _is_torch_adam(leaf):
             for state in leaf.optimizer.state.values():
@@ -152,7 +163,9 @@ def held(leaf: MegatronOptimizer) -> Iterator[Held]:
 
 
 def write_back(leaf: MegatronOptimizer, entry: Held) -> None:
-    """Hand filled states back to an optimizer that gave copies of them (TE's precision-aware one scales them)."""
+    """Hand filled states back to an optimizer that gave copies of them (TE's precision-aware one
+    scales them).
+    """
     if not leaf.config.use_precision_aware_optimizer:
         return
     tensors = dict(entry.tensors)
@@ -180,8 +193,10 @@ def _piece(whole: ShardedTensor, flat: Tensor, box: Box, key: str, replica: tupl
     )
 
 
-def _parts(entry: Held, base: ShardedTensor | ShardedTensorFactory) -> Iterator[tuple[ShardedTensor, int]]:
-    """The global tensors that a weight is made of, each with its first flat element in the weight."""
+def _parts(
+    entry: Held, base: ShardedTensor | ShardedTensorFactory
+) -> Iterator[tuple[ShardedTensor, int]]:
+    """The global tensors that a weight is made of, each with its first element in the weight."""
     if isinstance(base, ShardedTensor):
         yield base, 0
         return
@@ -215,7 +230,7 @@ def holdings(optimizer: MegatronOptimizer | None) -> list[tuple[MegatronOptimize
 
 
 def sharded_entry(entry: Held, base: ShardedTensor | ShardedTensorFactory) -> Iterator:
-    """The states of one weight as ShardedTensors over their live storage; `base` is the weight's."""
+    """The states of one weight as ShardedTensors over live storage; `base` is the weight's."""
     for name, state in entry.tensors.items():
         if entry.flat_range is not None:
             yield from _sharded_range(entry, base, name, state)

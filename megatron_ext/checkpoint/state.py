@@ -1,7 +1,8 @@
 """What a run is made of, as pieces of global tensors and a few numbers.
 
-`sharded` describes this rank's part of a `TrainState` for saving and, since the pieces lie over live storage, for
-loading in place. `numbers` is the rest: counters, schedule, optimizer step, loss scale, all plain JSON.
+`sharded` describes this rank's part of a `TrainState` for saving and, since the pieces lie over
+live storage, for loading in place. `numbers` is the rest: counters, schedule, optimizer step, loss
+scale, all plain JSON.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Progress:
 class TrainState:
     """The parts of one rank that training changes.
 
-    `chunks`: model chunks, wrapped in DDP or not. `optimizer` and `scheduler` are None where only weights matter
-    (evaluation, generation). `extra`: plain JSON of the caller's, kept as it is.
+    `chunks`: model chunks, wrapped in DDP or not. `optimizer` and `scheduler` are None where only
+    weights matter (evaluation, generation). `extra`: plain JSON of the caller's, kept as it is.
     """
 
     chunks: list[nn.Module]
@@ -54,7 +55,9 @@ class TrainState:
 
 
 def layout() -> dict[str, Any]:
-    """The parallel sizes of this run. Random states belong to a rank, so they are read in an equal layout only."""
+    """The parallel sizes of this run. Random states belong to a rank, so they are read in an equal
+    layout only.
+    """
     return {
         "world_size": torch.distributed.get_world_size(),
         "tp": parallel_state.get_tensor_model_parallel_world_size(),
@@ -75,7 +78,9 @@ def unwrap(chunk: nn.Module) -> nn.Module:
 
 
 def sharded_model(chunks: list[nn.Module]) -> list[dict[str, Any]]:
-    """One sharded state dict a chunk. Layers get their own names (not rows of stacked tensors), so each is visible."""
+    """One sharded state dict a chunk. Layers get their own names (not rows of stacked tensors), so
+    each is visible.
+    """
     metadata = {
         "non_homogeneous_layers": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -120,7 +125,9 @@ def _weights_by_identity(model: list[dict[str, Any]]) -> dict[int, Any]:
 
 
 def sharded_optimizer(optimizer: Any, model: list[dict[str, Any]]) -> tuple[list, list]:
-    """(pieces of the optimizer's states, who holds them); every trained weight must have a global name."""
+    """(pieces of the optimizer's states, who holds them); every trained weight must have a global
+    name.
+    """
     bases = _weights_by_identity(model)
     holdings = shards.holdings(optimizer)
     pieces: list = []
@@ -141,7 +148,9 @@ def sharded_rng() -> dict[str, ShardedTensor]:
 
 
 def sync_weights(chunks: list[nn.Module]) -> None:
-    """Finish a deferred gather: with --overlap-param-gather, weights are old until the next forward pass."""
+    """Finish a deferred gather: with --overlap-param-gather, weights are old until the next forward
+    pass.
+    """
     for chunk in chunks:
         ddp_config = getattr(chunk, "ddp_config", None)
         if ddp_config is not None and ddp_config.overlap_param_gather:
@@ -155,7 +164,9 @@ def _plain(value: Any) -> Any:
 def numbers(state: TrainState, optimizer_step: int) -> dict[str, Any]:
     """Everything that is not a large tensor, as JSON. `optimizer_step`: agreed over all ranks."""
     leaves_ = shards.leaf_optimizers(state.optimizer)
-    scaler = next((leaf.grad_scaler for leaf in leaves_ if getattr(leaf, "grad_scaler", None)), None)
+    scaler = next(
+        (leaf.grad_scaler for leaf in leaves_ if getattr(leaf, "grad_scaler", None)), None
+    )
     return {
         "progress": asdict(state.progress),
         "extra": state.extra,
@@ -198,12 +209,15 @@ def _restore_scheduler(scheduler: Any, saved: dict[str, Any]) -> None:
     except AssertionError as error:
         raise ConfigError(
             f"the learning-rate schedule differs from the checkpoint's: {error}",
-            do="--override-opt-param-scheduler keeps the flags, --use-checkpoint-opt-param-scheduler the checkpoint",
+            do="--override-opt-param-scheduler takes the flags',"
+            " --use-checkpoint-opt-param-scheduler the checkpoint's",
         ) from error
 
 
 def restore_weights(chunks: list[nn.Module], loaded: list[dict[str, Tensor]]) -> None:
-    """Give the modules what was loaded (most already lies in place) and check that nothing is missing."""
+    """Give the modules what was loaded (most already lies in place) and check that nothing is
+    missing.
+    """
     for chunk, values in zip(chunks, loaded):
         missing, _ = unwrap(chunk).load_state_dict(values, strict=False)
         missing = [name for name in missing if not name.endswith("_extra_state")]

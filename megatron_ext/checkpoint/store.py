@@ -1,7 +1,10 @@
 """The Checkpointer: when and where state is saved, and which checkpoint a run starts from.
 
-save: agree on a folder -> pieces -> plan -> space -> private copies -> write -> every rank done -> rename -> latest
-All collectives run in the caller's thread, in `save`, `poll`, `load` and `close`, so their order is the same on all ranks.
+    save: a folder -> pieces -> plan -> space -> private copies -> write
+    poll: every rank has written -> metadata, record -> rename -> latest
+
+All collectives run in the caller's thread, in `save`, `poll`, `load` and `close`, so their order is
+the same on all ranks.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ from typing import Any, TypeVar
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-from megatron_ext.checkpoint import folder, loader, state as parts, writer
+from megatron_ext.checkpoint import folder, loader, writer
+from megatron_ext.checkpoint import state as parts
 from megatron_ext.checkpoint.folder import Ledger, disk_error
 from megatron_ext.checkpoint.lock import Lease
 from megatron_ext.checkpoint.shards import get_step
 from megatron_ext.checkpoint.state import TrainState
-from megatron_ext.errors import DataError, DiskError, Fatal
-from megatron_ext.mesh.agree import FailedElsewhere, agree, first_rank
+from megatron_ext.errors import DiskError, Fatal
+from megatron_ext.mesh.agree import agree, first_rank
 
 T = TypeVar("T")
 MAX_FAILED_SAVES = 3
@@ -53,7 +57,7 @@ def _or_disk_error(action: Callable[[], T], path: Path, num_bytes: int | None = 
 
 
 class Checkpointer:
-    """Saves a run's state into `directory` and loads it from `load_from`. Every method is collective.
+    """Saves a run's state into `directory`, loads it from `load_from`. Every method is collective.
 
     Args:
         cfg: cfg.checkpoint.
@@ -61,7 +65,8 @@ class Checkpointer:
         load_from: where to look for a checkpoint; None: start fresh.
         run_info: plain JSON about the run (config, versions), kept in each checkpoint.
 
-    Raises LockedError (73) when another run saves there, DiskError (74) when the folder cannot be written.
+    Raises LockedError (73) when another run saves there, DiskError (74) when the folder cannot be
+    written.
     """
 
     def __init__(
@@ -94,14 +99,15 @@ class Checkpointer:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # -- saving ------------------------------------------------------------------------------------------------------
-
     def save(self, state: TrainState) -> None:
-        """Save; returns when the checkpoint is on disk, or with --async-save when the state has been copied.
+        """Save; returns when it is on disk, or with --async-save when the state is copied.
 
-        One save is in flight at most: a second one waits for the first. Raises DiskError, LockedError.
+        One save is in flight at most: a second one waits for the first. Raises DiskError,
+        LockedError.
         """
-        assert self.directory is not None, "this Checkpointer was made without a folder to save into"
+        assert self.directory is not None, (
+            "this Checkpointer was made without a folder to save into"
+        )
         self.poll(blocking=True)
         begin, step = time.perf_counter(), state.progress.step
         writing = first_rank(lambda: self._begin(step))
@@ -143,7 +149,9 @@ class Checkpointer:
         first_rank(lambda: folder.check_space(self.directory, totals[0]))
         return _Pending(step, writing, shard, record, begin, totals[0])
 
-    def _record(self, state: TrainState, optimizer_step: int, has_optimizer: bool) -> dict[str, Any]:
+    def _record(
+        self, state: TrainState, optimizer_step: int, has_optimizer: bool
+    ) -> dict[str, Any]:
         values = parts.numbers(state, optimizer_step)
         if not has_optimizer:
             values["optimizer"] = values["scheduler"] = None
@@ -164,7 +172,9 @@ class Checkpointer:
             agree(lambda: self._check_written(pending))
             world = torch.distributed.get_world_size()
             results: list | None = [None] * world if self._is_first else None
-            torch.distributed.gather_object(pending.shard.results, results, dst=0, group=self._group)
+            torch.distributed.gather_object(
+                pending.shard.results, results, dst=0, group=self._group
+            )
             first_rank(lambda: self._publish(pending, results))
         except Fatal as error:
             self._failed(pending, error, raise_at_once)
@@ -188,7 +198,10 @@ class Checkpointer:
 
         def write() -> None:
             writer.write_metadata(self._planner.metadata, results, pending.writing)
-            torch.save({"iteration": pending.step, "checkpoint_version": 3.0}, pending.writing / "common.pt")
+            torch.save(
+                {"iteration": pending.step, "checkpoint_version": 3.0},
+                pending.writing / "common.pt",
+            )
             save_config(CheckpointingConfig("torch_dist", 1), str(pending.writing))
             folder.finish(pending.writing, self.directory, pending.record)
 
@@ -196,7 +209,7 @@ class Checkpointer:
         self._note("durable", pending)
 
     def _failed(self, pending: _Pending, error: Fatal, raise_at_once: bool) -> None:
-        """Training goes on without this checkpoint; after MAX_FAILED_SAVES in a row, or at the end, it does not."""
+        """Training goes on without this checkpoint; not after MAX_FAILED_SAVES in a row."""
         self.last_error = error
         self._num_failed += 1
         self._note("failed", pending, error=str(error))
@@ -223,10 +236,10 @@ class Checkpointer:
             shutil.rmtree(writing, ignore_errors=True)
 
     def poll(self, blocking: bool = False) -> list[int]:
-        """The steps whose asynchronous save has just become durable, on all ranks alike. Call once a step.
+        """The steps whose asynchronous save has just become durable, on all ranks alike.
 
-        Costs nothing while no save is in flight. `blocking` waits for it. A failed save is one warning; the third in a
-        row raises.
+        Call once a step: it costs nothing while no save is in flight. `blocking` waits for it. A
+        failed save is one warning; the third in a row raises.
         """
         if self._pending is None:
             return []
@@ -240,7 +253,8 @@ class Checkpointer:
     def close(self) -> None:
         """Wait for the save in flight and give the folder free. Raises if the last save failed.
 
-        While an exception passes through (this rank failed and the others may be gone) nothing is waited for.
+        While an exception passes through (this rank failed and the others may be gone) nothing is
+        waited for.
         """
         is_failing = sys.exc_info()[0] is not None
         try:
@@ -260,55 +274,21 @@ class Checkpointer:
         torch.distributed.all_reduce(tensor, op, group=self._group)
         return tensor.tolist()
 
-    # -- loading -----------------------------------------------------------------------------------------------------
-
     def load(self, state: TrainState) -> bool:
-        """Fill `state` from the newest complete checkpoint (or --ckpt-step's); False: nothing to load, start fresh.
+        """Fill `state` from the newest complete checkpoint, or --ckpt-step's.
 
-        Raises DataError (65) where there is no checkpoint or a damaged one, Misfit (64) where it is of another model.
+        False: there is nothing to load and that is allowed, the run starts fresh. Raises DataError
+        (65) where there is no checkpoint or a damaged one, Misfit (64) where it is of another
+        model.
         """
-        if self.load_from is None:
-            return False
-        candidates = first_rank(self._candidates)
-        if not candidates:
-            return False
-        cfg = self.cfg
-        for position, step in enumerate(candidates):
-            path = self.load_from / folder.step_name(step)
-            try:
-                loader.load(
-                    path,
-                    state,
-                    optimizer=not (cfg.finetune or cfg.no_load_optim),
-                    random=not (cfg.finetune or cfg.no_load_rng),
-                    counters=not cfg.finetune,
-                )
-                return True
-            except (DataError, FailedElsewhere) as error:
-                if error.code != DataError.code or position + 1 == len(candidates):
-                    raise
-                if self._is_first:
-                    _log.warning("%s; falling back to step %d", error, candidates[position + 1])
-        return False
-
-    def _candidates(self) -> list[int]:
-        """Steps to try, best first: `latest`, then newest first. Empty: start fresh. Raises DataError."""
-        steps = folder.steps(self.load_from)
-        wanted = self.cfg.ckpt_step
-        if wanted is not None:
-            if wanted in steps:
-                return [wanted]
-            raise DataError(
-                f"--ckpt-step {wanted}: there are steps {steps or 'none'}", path=self.load_from
+        own = self.directory
+        if loader.load_newest(self.cfg, state, load_from=self.load_from, own=own):
+            return True
+        if self._is_first and own is not None and folder.steps(own):
+            _log.warning(
+                "%s holds checkpoints up to step %d of another run; this one starts at step 0"
+                " and replaces equal steps (--load continues a run)",
+                own,
+                folder.steps(own)[0],
             )
-        if steps:
-            latest = folder.latest_step(self.load_from)
-            return sorted(steps, key=lambda step: (step != latest, -step))
-        is_own = self.directory is not None and self.load_from.resolve() == self.directory.resolve()
-        if is_own or self.cfg.allow_fresh_start:
-            return []
-        raise DataError(
-            "--load: this folder holds no checkpoint",
-            do="name the folder that holds step_... folders, or --allow-fresh-start",
-            path=self.load_from,
-        )
+        return False

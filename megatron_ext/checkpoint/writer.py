@@ -1,9 +1,11 @@
-"""Shards to disk: who writes what (plan), a private copy, and the bytes, in the background where asked.
+"""Shards to disk: who writes what (plan), a private copy, and the bytes, in the background where
+asked.
 
-The files are megatron-core's `torch_dist` format (torch.distributed.checkpoint): `__<rank>_0.distcp`, each entry a
-`torch.save` of one piece, and `.metadata` with their places. Written here and not by megatron-core's own writer,
-because on a CPU that one shares live storage with the optimizer, starts a manager process and forked writers whose
-death nobody sees, and reports a full disk as "unexpected pos". Here a thread writes: it dies with its process.
+The files are megatron-core's `torch_dist` format (torch.distributed.checkpoint):
+`__<rank>_0.distcp`, each entry a `torch.save` of one piece, and `.metadata` with their places.
+Written here and not by megatron-core's own writer, because on a CPU that one shares live storage
+with the optimizer, starts a manager process and forked writers whose death nobody sees, and reports
+a full disk as "unexpected pos". Here a thread writes: it dies with its process.
 
     plan (collective, once) -> stage (private copy) -> write (thread) -> results, gathered to rank 0
 """
@@ -33,7 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 
 def _tensor_of(piece: ShardedTensor) -> Tensor:
-    return piece.data.detach().view((1,) * piece.prepend_axis_num + tuple(piece.local_shape))
+    return piece.data.detach().reshape((1,) * piece.prepend_axis_num + tuple(piece.local_shape))
 
 
 def _index(piece: ShardedTensor | ShardedObject) -> MetadataIndex:
@@ -55,7 +57,9 @@ def _write_item(piece: ShardedTensor | ShardedObject) -> WriteItem:
 
 
 class Planner:
-    """Decides once which rank writes which replica, and again only when the pieces of some rank changed."""
+    """Decides once which rank writes which replica, and again only when the pieces of some rank
+    changed.
+    """
 
     def __init__(self, share_replicas: bool) -> None:
         self.share_replicas = share_replicas
@@ -66,8 +70,9 @@ class Planner:
     def plan(self, pieces: Iterable[ShardedTensor | ShardedObject]) -> list:
         """The pieces that this rank writes. Collective.
 
-        With `share_replicas` the copies of a weight on dp ranks compete and the rank with fewest bytes gets it;
-        otherwise the first replica is written. Raises ValueError where the pieces of all ranks leave a gap or overlap.
+        With `share_replicas` the copies of a weight on dp ranks compete and the rank with fewest
+        bytes gets it; otherwise the first replica is written. Raises ValueError where the pieces of
+        all ranks leave a gap or overlap.
         """
         pieces = list({_index(piece): piece for piece in pieces}.values())  # tied weights once
         if not self.share_replicas:
@@ -82,7 +87,9 @@ class Planner:
         return [piece for piece in pieces if _index(piece) in self._mine]
 
     def _agree(self, items: list[WriteItem]) -> set[MetadataIndex]:
-        """All ranks' items to rank 0, which drops copies and checks coverage; back comes what each rank writes."""
+        """All ranks' items to rank 0, which drops copies and checks coverage; back comes what each
+        rank writes.
+        """
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         plans: list | None = [None] * world if rank == 0 else None
         torch.distributed.gather_object(SavePlan(items), plans, dst=0)
@@ -102,7 +109,9 @@ class Planner:
 
 
 class _Stream:
-    """The file as `torch.save` sees it; keeps the OSError that torch's zip writer would turn into a RuntimeError."""
+    """The file as `torch.save` sees it; keeps the OSError that torch's zip writer would turn into a
+    RuntimeError.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb", buffering=0)
@@ -175,7 +184,9 @@ class Shard:
 
     def _save(self, value: object, stream: _Stream) -> None:
         if torch.is_tensor(value) and not self.is_private:
-            value = private_copy(value)  # one at a time; a view would drag its whole storage into the file
+            value = private_copy(
+                value
+            )  # one at a time; a view would drag its whole storage into the file
         try:
             torch.save(value, stream)
         except RuntimeError as error:
@@ -190,7 +201,9 @@ def private_copy(tensor: Tensor) -> Tensor:
 
 
 def stage(pieces: list, folder: Path, copy: bool) -> Shard:
-    """This rank's file in `folder`, not yet written; `copy`: of private copies, so that training may go on."""
+    """This rank's file in `folder`, not yet written; `copy`: of private copies, so that training
+    may go on.
+    """
     values = []
     for piece in pieces:
         if isinstance(piece, ShardedObject):

@@ -1,4 +1,6 @@
-"""A small training run on this rank, whose whole state can be compared: bit for bit per rank, or gathered."""
+"""A small training run on this rank, whose whole state can be compared: bit for bit per rank, or
+gathered.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_ext.checkpoint import Checkpointer, TrainState
-from megatron_ext.checkpoint import rng
+from megatron_ext.checkpoint import Checkpointer, TrainState, rng
 from megatron_ext.checkpoint import state as parts
 from megatron_ext.config import parse
 from megatron_ext.device import start
@@ -25,11 +26,12 @@ from tests.ranks.tiny import TINY
 
 SEQUENCE, MICRO, GLOBAL = 16, 2, 8
 FLAGS = f"""
---hidden-size 32 --num-attention-heads 2 --num-query-groups 2 --ffn-hidden-size 64 --moe-ffn-hidden-size 48
---moe-layer-freq ([0]*1+[1]*3) --moe-shared-expert-intermediate-size 32 --moe-router-score-function sigmoid
---moe-router-enable-expert-bias --moe-router-load-balancing-type global_aux_loss
---seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE} --micro-batch-size {MICRO} --global-batch-size {GLOBAL}
---vocab-size 128 --make-vocab-size-divisible-by 2 --train-iters 100 --hidden-dropout 0.1
+--hidden-size 32 --num-attention-heads 2 --num-query-groups 2 --ffn-hidden-size 64
+--moe-ffn-hidden-size 48 --moe-layer-freq ([0]*1+[1]*3) --moe-shared-expert-intermediate-size 32
+--moe-router-score-function sigmoid --moe-router-enable-expert-bias
+--moe-router-load-balancing-type global_aux_loss --hidden-dropout 0.1
+--seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE} --micro-batch-size {MICRO}
+--global-batch-size {GLOBAL} --vocab-size 128 --make-vocab-size-divisible-by 2 --train-iters 100
 """.split()
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2 = "--pipeline-model-parallel-size 2"
@@ -46,7 +48,9 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 class SmallRun:
-    """Model, optimizer, scheduler of this rank and a step that draws its tokens from the step number."""
+    """Model, optimizer, scheduler of this rank and a step that draws its tokens from the step
+    number.
+    """
 
     def __init__(self, cfg) -> None:
         self.cfg = cfg
@@ -92,7 +96,9 @@ class SmallRun:
         return [self.step() for _ in range(count)]
 
     def fingerprint(self) -> dict[str, object]:
-        """Every bit of this rank: weights, buffers, optimizer states, step counts, schedule, counters, random streams."""
+        """Every bit of this rank: weights, buffers, optimizer states, step counts, schedule,
+        counters, random streams.
+        """
         state = self.state
         marks: dict[str, object] = {"progress": str(state.progress)}
         for number, chunk in enumerate(state.chunks):
@@ -112,13 +118,22 @@ class SmallRun:
         return marks
 
     def gathered(self) -> dict[str, str]:
-        """Hash of every whole tensor of the run, assembled from all ranks: weights, buffers, optimizer states."""
+        """Hash of every whole tensor of the run, assembled from all ranks: weights, buffers,
+        optimizer states.
+        """
         model = parts.sharded_model(self.state.chunks)
         states, _ = parts.sharded_optimizer(self.state.optimizer, model)
         mine = []
         for piece in parts.built([model, states]):
             shape = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
-            mine.append((piece.key, piece.global_shape, piece.global_offset, piece.data.detach().reshape(shape).clone()))
+            mine.append(
+                (
+                    piece.key,
+                    piece.global_shape,
+                    piece.global_offset,
+                    piece.data.detach().reshape(shape).clone(),
+                )
+            )
         everyone: list = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, mine)
         whole: dict[str, torch.Tensor] = {}
