@@ -27,7 +27,7 @@ def pretrain(cfg: RunConfig) -> None:
         where = setup.run_directory(cfg)
         tokenizer = agree(lambda: setup.tokenizer(cfg))
         words = vocabulary(cfg, tokenizer.vocab_size)
-        splits = setup.datasets(cfg, tokenizer, words)
+        splits = setup.datasets(cfg, tokenizer)
         chunks = wrap_for_training(cfg, build_chunks(cfg, words))
         optimizer = build_optimizer(cfg, chunks)
         state = setup.train_state(chunks, optimizer, build_scheduler(cfg, optimizer))

@@ -7,7 +7,7 @@ to one module of ours (the router's loss scale, experts' gradient group) live be
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
 import warnings
 
@@ -24,11 +24,23 @@ def router_without_transformer_engine() -> None:
 
 def latent_attention_without_transformer_engine() -> None:
     """Multi-latent attention takes HAVE_TE for true without Transformer Engine and then asks isinstance(x, None)."""
-    from megatron.core.extensions.transformer_engine import TELinear
-    from megatron.core.transformer import multi_latent_attention
+    if importlib.util.find_spec("transformer_engine") is None:
+        from megatron.core.transformer import multi_latent_attention
 
-    if TELinear is None:
         multi_latent_attention.HAVE_TE = False
+
+
+def recompute_without_fp8() -> None:
+    """CheckpointWithoutOutput() takes its default fp8=False for "fp8 is on" and asks Transformer Engine's state."""
+    from megatron.core.tensor_parallel import random
+
+    stock = random.CheckpointWithoutOutput.__init__
+
+    def init(self, fp8=False) -> None:
+        stock(self, fp8)
+        self.fp8 = bool(fp8)
+
+    random.CheckpointWithoutOutput.__init__ = init
 
 
 def split_sizes_as_lists() -> None:
@@ -139,6 +151,7 @@ def apply(kind: str) -> None:
     import_quietly()
     router_without_transformer_engine()
     latent_attention_without_transformer_engine()
+    recompute_without_fp8()
     if kind == "cpu":
         split_sizes_as_lists()
         random_state_of_the_cpu()

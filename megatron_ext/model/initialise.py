@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
 
@@ -109,6 +110,13 @@ def sharded_pieces(state) -> Iterator[ShardedTensor]:
             yield from sharded_pieces(value)
 
 
+def sharding_metadata() -> dict:
+    """What megatron-core's sharded_state_dict is asked with: every layer has its own name (not a row of a stacked
+    tensor), so that layers may differ; replicas are numbered over dp x cp."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return {"non_homogeneous_layers": True, "dp_cp_group": group}
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, recorder: Recorder, *, embedding_std: float, seed: int) -> int:
     """Fill every recorded parameter of a model chunk; returns how many elements were drawn. Call before DDP.
@@ -117,7 +125,7 @@ def initialise(model: nn.Module, recorder: Recorder, *, embedding_std: float, se
     """
     std_of = recorder.by_storage()
     drawn = 0
-    for piece in sharded_pieces(model.sharded_state_dict()):
+    for piece in sharded_pieces(model.sharded_state_dict(metadata=sharding_metadata())):
         std = std_of.get(piece.data.untyped_storage().data_ptr())
         if std is None:
             continue

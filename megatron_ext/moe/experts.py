@@ -66,28 +66,28 @@ class GroupedExperts(MegatronModule):
         width = config.moe_ffn_hidden_size // self.etp_group.size()
         fc1_shape = (num_local_experts, self.num_gates, width, config.hidden_size)
         self.fc1_weight = self._parameter(fc1_shape, split_dim=2)
-        self.fc2_weight = self._parameter((num_local_experts, config.hidden_size, width), split_dim=2)
+        fc2_shape = (num_local_experts, config.hidden_size, width)
+        self.fc2_weight = self._parameter(fc2_shape, split_dim=2)
         config.init_method(self.fc1_weight)
         config.output_layer_init_method(self.fc2_weight)
         self.fc1_bias = self.fc2_bias = None
-        if config.add_bias_linear:
+        if config.add_bias_linear:  # megatron-core allows biases with etp 1 only
             self.fc1_bias = self._parameter(fc1_shape[:3], split_dim=2)
-            self.fc2_bias = self._parameter((num_local_experts, config.hidden_size), None)
+            self.fc2_bias = self._parameter(fc2_shape[:2], split_dim=2)
             nn.init.zeros_(self.fc1_bias)
             nn.init.zeros_(self.fc2_bias)
         self.recompute_activation = (
             config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
         )
 
-    def _parameter(self, shape: tuple[int, ...], split_dim: int | None) -> nn.Parameter:
-        """An uninitialised expert parameter, split over etp along `split_dim` (None: every etp rank holds it)."""
+    def _parameter(self, shape: tuple[int, ...], split_dim: int) -> nn.Parameter:
+        """An uninitialised expert parameter, split over etp along `split_dim`."""
         parameter = nn.Parameter(
             torch.empty(shape, dtype=self.config.params_dtype, device=current_device())
         )
         parameter.allreduce = False
-        if split_dim is not None:  # otherwise the gradient norm counts the shard of one etp rank only
-            parameter.tensor_model_parallel = True
-            parameter.partition_dim, parameter.partition_stride = split_dim, 1
+        parameter.tensor_model_parallel = True  # else the gradient norm counts one etp rank's shard only
+        parameter.partition_dim, parameter.partition_stride = split_dim, 1
         return parameter
 
     def _activate(self, hidden_TgF: Tensor, probs_T: Tensor) -> Tensor:
@@ -131,38 +131,25 @@ class GroupedExperts(MegatronModule):
         else:
             out = grouped_linear(self._activate(hidden, probs_T), fc2, offsets)
         if self.fc2_bias is not None:
-            out = out + self._output_bias(counts, probs_T).to(out.dtype)
+            bias_TH = self.fc2_bias.repeat_interleave(counts, dim=0)
+            out = out + (bias_TH * probs_T.unsqueeze(-1)).to(out.dtype)
         return out
-
-    def _output_bias(self, counts_e: Tensor, probs_T: Tensor) -> Tensor:
-        """The fc2 bias of each token times its routing weight; each etp rank adds 1/etp of it, with the full gradient."""
-        bias = self.fc2_bias
-        etp = self.etp_group.size()
-        if etp > 1:
-            bias = bias - (1 - 1 / etp) * bias.detach()
-        return bias.repeat_interleave(counts_e, dim=0) * probs_T.unsqueeze(-1)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Global tensors fc1 [.., E, g, F, H] and fc2 [.., E, H, F]; replicas are the expert data-parallel ranks."""
         axis = len(sharded_offsets)
-        etp = (self.etp_group.rank(), self.etp_group.size())
         ep = (axis, self.ep_group.rank(), self.ep_group.size())
+        etp = (axis + 2, self.etp_group.rank(), self.etp_group.size())
         state = {}
-        split_axes = {"fc1_weight": 2, "fc2_weight": 2, "fc1_bias": 2, "fc2_bias": None}
-        for name, split_axis in split_axes.items():
-            if getattr(self, name) is None:
-                continue
-            split = [] if split_axis is None else [(axis + split_axis, *etp)]
-            replica = self.edp_group.rank()
-            if split_axis is None:  # every etp rank holds it
-                replica = replica * etp[1] + etp[0]
+        for name, parameter in self.named_parameters():
+            split = [] if name == "fc2_bias" else [etp]
             state[f"{prefix}{name}"] = ShardedTensor.from_rank_offsets(
                 f"{prefix}{name}",
-                getattr(self, name),
+                parameter,
                 *sharded_offsets,
                 ep,
                 *split,
-                replica_id=(0, 0, replica),
+                replica_id=(0, 0, self.edp_group.rank()),
                 prepend_axis_num=len(sharded_offsets),
             )
         return state

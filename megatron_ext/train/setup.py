@@ -53,7 +53,7 @@ def tokenizer(cfg: RunConfig) -> Tokenizer:
     )
 
 
-def datasets(cfg: RunConfig, words: Tokenizer, vocabulary: Vocabulary) -> Splits:
+def datasets(cfg: RunConfig, words: Tokenizer) -> Splits:
     """Train, validation and test data: rank 0 checks the files and builds the indices, then everybody opens them."""
 
     def open_(is_builder: bool) -> Splits:
@@ -62,7 +62,7 @@ def datasets(cfg: RunConfig, words: Tokenizer, vocabulary: Vocabulary) -> Splits
             seq_length=cfg.model.seq_length,
             num_samples=num_samples(cfg.train, total_steps(cfg.train)),
             seed=cfg.train.seed,
-            vocab_size=vocabulary.size,
+            vocab_size=words.vocab_size,
             eod=words.eod,
             is_builder=is_builder,
             barrier=lambda: None,
@@ -124,7 +124,7 @@ def _aux_line(cfg: RunConfig) -> str | None:
 def announce(run: Run, device: Device, vocabulary: Vocabulary, where: RunDirectory) -> None:
     """What is about to run, in a few lines on rank 0."""
     cfg, say = run.cfg, run.observers.say
-    for warning in cfg.warnings:
+    for warning in (*cfg.warnings, *run.splits.warnings):
         say(f"warning: {warning}")
     say(format_grid(layout_of(cfg.parallel)))
     say(f"run directory {where.root}, device {device.kind}, collectives {device.backend}")

@@ -92,7 +92,6 @@ CASES = {
     "--mtp-num-layers 1": "does not work with --position-embedding-type learned_absolute",
     "--recompute-granularity full": "needs --recompute-method",
     "--padded-vocab-size 64": "must be at least --vocab-size = 100",
-    "--softmax-type learnable": "is not built by --transformer-impl local",
     # training
     "--micro-batch-size 4 --global-batch-size 6": "--global-batch-size 6 must be a multiple of"
     " micro-batch-size*dp = 4*1 = 4 do=use 4 or 8",

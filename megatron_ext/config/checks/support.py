@@ -9,7 +9,6 @@ from megatron_ext.config.run_config import RunConfig
 from megatron_ext.errors import Violation
 
 LOCAL_ONLY: tuple[tuple[str, tuple, str], ...] = (
-    ("softmax_type", ("vanilla",), "use vanilla"),
     ("experimental_attention_variant", (None,), "remove it"),
     ("linear_attention_freq", (None,), "remove it"),
     ("heterogeneous_block_specs", (False,), "remove it"),
