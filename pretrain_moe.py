@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Pre-train a mixture-of-experts language model: the whole program on one screen.
 
-    parse -> device -> groups -> tokenizer, data -> model -> optimizer -> checkpoint -> train -> evaluate
+    parse -> device -> groups -> tokenizer, data -> model -> optimizer -> checkpoint -> train ->
+    evaluate
 
-One rank: `python pretrain_moe.py --config configs/quickstart.yaml`; several: `torchrun --nproc-per-node 4 pretrain_moe.py ...`.
+One rank: `python pretrain_moe.py --config configs/quickstart.yaml`; several: `torchrun
+--nproc-per-node 4 pretrain_moe.py ...`.
 """
 
 from megatron_ext.config import RunConfig, parse

@@ -2,8 +2,8 @@
 
 python -m megatron_ext.generate --load runs/quickstart/checkpoints --prompt "def "
 
-The model and the tokenizer are those of the run that saved the checkpoint; it is loaded into this one process whatever
-layout it was trained in. Sampling is greedy with --temperature 0.
+The model and the tokenizer are those of the run that saved the checkpoint; it is loaded into this
+one process whatever layout it was trained in. Sampling is greedy with --temperature 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Every test process imports torch and megatron-core once, lifted to the CPU; ranks are forked from it."""
+"""Every test process imports torch and megatron-core once, lifted to the CPU; ranks are forked from
+it.
+"""
 
 import os
 

@@ -24,7 +24,7 @@ def dry_run(cfg: RunConfig) -> str:
         _pipeline(cfg),
         _parameters(cfg),
         _batch(cfg),
-        *_losses(cfg),
+        *loss_lines(cfg),
         *(f"warning: {text}" for text in cfg.warnings),
         "dry run: every rule holds; nothing was started",
     ]
@@ -108,7 +108,7 @@ def _batch(cfg: RunConfig) -> str:
     return text + (f"; {steps} steps, {short(steps * tokens)} tokens" if steps is not None else "")
 
 
-def _losses(cfg: RunConfig) -> list[str]:
+def loss_lines(cfg: RunConfig) -> list[str]:
     """Balancing losses with the strength that their gradient really has."""
     t = cfg.transformer
     if t.num_moe_experts is None:

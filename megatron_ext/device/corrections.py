@@ -1,8 +1,9 @@
 """What megatron-core 0.16.1 assumes wrongly, corrected in one place, call by call.
 
-Each function below is one correction with its reason; `tests/device/test_corrections.py` shows the stock
-behaviour failing for each, so that a correction can be deleted when upstream is fixed. Corrections that belong
-to one module of ours (the router's loss scale, experts' gradient group) live beside that module instead.
+Each function below is one correction with its reason; `tests/device/test_corrections.py` shows the
+stock behaviour failing for each, so that a correction can be deleted when upstream is fixed.
+Corrections that belong to one module of ours (the router's loss scale, experts' gradient group)
+live beside that module instead.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 
 
 def router_without_transformer_engine() -> None:
-    """moe_utils reads `te_general_gemm`, a name that only exists where Transformer Engine is installed."""
+    """moe_utils reads `te_general_gemm`, a name that only exists where Transformer Engine is
+    installed.
+    """
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -23,7 +26,9 @@ def router_without_transformer_engine() -> None:
 
 
 def latent_attention_without_transformer_engine() -> None:
-    """Multi-latent attention takes HAVE_TE for true without Transformer Engine and then asks isinstance(x, None)."""
+    """Multi-latent attention takes HAVE_TE for true without Transformer Engine and then asks
+    isinstance(x, None).
+    """
     if importlib.util.find_spec("transformer_engine") is None:
         from megatron.core.transformer import multi_latent_attention
 
@@ -31,7 +36,9 @@ def latent_attention_without_transformer_engine() -> None:
 
 
 def recompute_without_fp8() -> None:
-    """CheckpointWithoutOutput() takes its default fp8=False for "fp8 is on" and asks Transformer Engine's state."""
+    """CheckpointWithoutOutput() takes its default fp8=False for "fp8 is on" and asks Transformer
+    Engine's state.
+    """
     from megatron.core.tensor_parallel import random
 
     stock = random.CheckpointWithoutOutput.__init__
@@ -44,7 +51,8 @@ def recompute_without_fp8() -> None:
 
 
 def split_sizes_as_lists() -> None:
-    """`maybe_move_tensor_to_cpu` leaves CPU tensors as they are: all_to_all then gets tensors as split sizes.
+    """`maybe_move_tensor_to_cpu` leaves CPU tensors as they are: all_to_all then gets tensors as
+    split sizes.
 
     On a CPU the caller's `as_numpy=True` must still give numpy, since it calls `.tolist()` later.
     """
@@ -58,9 +66,11 @@ def split_sizes_as_lists() -> None:
 
 
 def random_state_of_the_cpu() -> None:
-    """The RNG tracker forks CUDA generators; on a CPU the state that dropout draws from is torch's own.
+    """The RNG tracker forks CUDA generators; on a CPU the state that dropout draws from is torch's
+    own.
 
-    `fork` also warns that "CPU RNG state changed within GPU RNG context", which is here its purpose.
+    `fork` also warns that "CPU RNG state changed within GPU RNG context", which is here its
+    purpose.
     """
     from megatron.core.tensor_parallel import random
 
@@ -76,7 +86,7 @@ def random_state_of_the_cpu() -> None:
 
 
 def rotary_halves_without_pinned_memory() -> None:
-    """The context-parallel RoPE helper pins its index tensor, which a CPU build of torch refuses."""
+    """The context-parallel RoPE helper pins its index tensor; a CPU build of torch refuses that."""
     from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
     from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as yarn
 
@@ -92,7 +102,9 @@ def rotary_halves_without_pinned_memory() -> None:
 
 
 def gather_of_uneven_pieces() -> None:
-    """gloo's all_gather refuses pieces of different sizes (expert tensor parallelism needs them): pad, then cut."""
+    """gloo's all_gather refuses pieces of different sizes (expert tensor parallelism needs them):
+    pad, then cut.
+    """
     from megatron.core.tensor_parallel import mappings
 
     stock = mappings._gather_along_first_dim
@@ -113,7 +125,7 @@ def gather_of_uneven_pieces() -> None:
 
 
 def reduce_scatter_of_uneven_pieces() -> None:
-    """gloo has no reduce_scatter of lists with different sizes: sum everywhere, keep the own piece."""
+    """gloo cannot reduce_scatter pieces of different sizes: sum everywhere, keep the own piece."""
     from megatron.core.tensor_parallel import mappings
 
     stock = mappings._reduce_scatter_along_first_dim
@@ -138,8 +150,10 @@ PARTS = (
 
 
 def import_quietly() -> None:
-    """Import the parts of megatron-core that a run uses without its import-time warnings (no Apex, no Transformer
-    Engine, its own deprecations): each rank would print them, and none is news to the user."""
+    """Import the parts of megatron-core that a run uses without its import-time warnings (no Apex,
+    no Transformer Engine, its own deprecations): each rank would print them, and none is news to
+    the user.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in PARTS:
@@ -147,7 +161,9 @@ def import_quietly() -> None:
 
 
 def apply(kind: str) -> None:
-    """Import megatron-core and correct it for `kind` = "cpu" or "cuda". Call once, after `lift()` on a CPU."""
+    """Import megatron-core and correct it for `kind` = "cpu" or "cuda". Call once, after `lift()`
+    on a CPU.
+    """
     import_quietly()
     router_without_transformer_engine()
     latent_attention_without_transformer_engine()

@@ -1,8 +1,9 @@
 """Run megatron-core on a CPU by rewriting its CUDA words while its modules are imported.
 
-megatron-core 0.16.1 names the device in its source: `torch.cuda.current_device()` (175 places), `device="cuda"`
-(59), `.cuda()`, streams and events. `lift()` installs an import hook for `megatron.core.*` alone that rewrites
-the syntax tree before it is compiled; torch itself and every other package stay as they are.
+megatron-core 0.16.1 names the device in its source: `torch.cuda.current_device()` (175 places),
+`device="cuda"` (59), `.cuda()`, streams and events. `lift()` installs an import hook for
+`megatron.core.*` alone that rewrites the syntax tree before it is compiled; torch itself and every
+other package stay as they are.
 
     torch.cuda.X            ->  megatron_ext.device.standin.X
     from torch.cuda import  ->  from megatron_ext.device.standin import
@@ -10,8 +11,8 @@ the syntax tree before it is compiled; torch itself and every other package stay
     "cuda"                  ->  "cpu"
     "torch.cuda.FloatTensor" -> "torch.FloatTensor"   (what `Tensor.type()` says on a CPU)
 
-Rewritten byte code is cached beside Python's own (its name carries the rewriter's version), so a second start
-costs no more than a normal import.
+Rewritten byte code is cached beside Python's own (its name carries the rewriter's version), so a
+second start costs no more than a normal import.
 """
 
 from __future__ import annotations
@@ -81,8 +82,9 @@ class _CpuLoader(importlib.machinery.SourceFileLoader):
     def exec_module(self, module: types.ModuleType) -> None:
         super().exec_module(module)
         if module.__name__ == f"{PACKAGE}.jit":
-            # `jit_fuser` is torch.compile: it would need a C++ compiler at run time, pulls inductor into every
-            # start (1.5 s), and is bound by decorators while the next modules are imported.
+            # `jit_fuser` is torch.compile: it would need a C++ compiler at run time, pulls inductor
+            # into every start (1.5 s), and is bound by decorators while the next modules are
+            # imported.
             module.disable_jit_fuser()
 
     def get_code(self, fullname: str) -> types.CodeType | None:
@@ -100,7 +102,9 @@ class _CpuLoader(importlib.machinery.SourceFileLoader):
             return marshal.loads(memoryview(cached)[len(key) :])
         code = compile(rewrite(source.decode(), path), path, "exec", dont_inherit=True)
         if not sys.dont_write_bytecode:
-            self.set_data(cache, key + marshal.dumps(code))  # a folder that cannot be written is fine
+            self.set_data(
+                cache, key + marshal.dumps(code)
+            )  # a folder that cannot be written is fine
         return code
 
 
@@ -123,7 +127,9 @@ def is_lifted() -> bool:
 
 
 def lift() -> None:
-    """From now on `import megatron.core` gives the CPU version. Call it before the first such import."""
+    """From now on `import megatron.core` gives the CPU version. Call it before the first such
+    import.
+    """
     if is_lifted():
         return
     assert PACKAGE not in sys.modules, "lift() must run before megatron.core is imported"

@@ -27,14 +27,18 @@ class Device:
 
 
 def current_device() -> torch.device:
-    """The device on which this rank's tensors live (the CPU exactly when megatron-core was lifted to it)."""
+    """The device on which this rank's tensors live (the CPU exactly when megatron-core was lifted
+    to it).
+    """
     if lift.is_lifted():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def keep_large_blocks() -> None:
-    """Stop glibc from returning tensors over 32 MB to the kernel at every free: 9x on large element-wise work."""
+    """Stop glibc from returning tensors over 32 MB to the kernel at every free: 9x on large
+    element-wise work.
+    """
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
@@ -44,7 +48,9 @@ def keep_large_blocks() -> None:
 
 
 def medium_matmul_keeps_float32() -> bool:
-    """True when "medium" fp32 matrix products are still fp32 here (oneDNN on AMD) and not bf16 (AMX)."""
+    """True when "medium" fp32 matrix products are still fp32 here (oneDNN on AMD) and not bf16
+    (AMX).
+    """
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
@@ -63,11 +69,14 @@ def _tune_cpu(local_world_size: int) -> None:
 
 
 def start(requested: str = "auto", backend: str | None = None) -> Device:
-    """Choose ("auto": CUDA where there is one), tune, lift and correct. Raises ConfigError for --device cuda without one."""
+    """Choose ("auto": CUDA where there is one), tune, lift and correct. Raises ConfigError for
+    --device cuda without one.
+    """
     has_cuda = torch.cuda.is_available()
     if requested == "cuda" and not has_cuda:
         raise ConfigError(
-            "--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch"
+            "--device cuda: torch finds no CUDA device here",
+            do="use --device cpu, or install a CUDA build of torch",
         )
     kind = "cuda" if has_cuda and requested != "cpu" else "cpu"
     if kind == "cpu":

@@ -1,7 +1,8 @@
 """What megatron-core finds under the name `torch.cuda` on a machine that runs on its CPU.
 
-One device, one stream, events that are always done, and the CPU's own random generator. Only names that
-megatron-core 0.16.1 really reaches on its training path are here, so that a new one shows as an AttributeError.
+One device, one stream, events that are always done, and the CPU's own random generator. Only names
+that megatron-core 0.16.1 really reaches on its training path are here, so that a new one shows as
+an AttributeError.
 """
 
 from __future__ import annotations

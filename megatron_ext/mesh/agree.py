@@ -1,7 +1,8 @@
-"""Errors that all ranks learn of together, so that one rank's bad file does not leave the others waiting.
+"""Errors that all ranks learn of together, so that one rank's bad file does not leave the others
+waiting.
 
-    datasets = agree(lambda: open_datasets(...))     # every rank tries; one failure ends all with one message
-    folder = first_rank(lambda: prepare(folder))     # rank 0 does it, the others get its result (or its error)
+    datasets = agree(lambda: open_datasets(...))   # every rank tries; one failure ends all
+    folder = first_rank(lambda: prepare(folder))   # rank 0 does it, all get its result or error
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class FailedElsewhere(Fatal):
 def agree(action: Callable[[], T]) -> T:
     """Run `action` on this rank; raise on every rank if it raised a Fatal on any.
 
-    The first failing rank raises its own error, the others FailedElsewhere with its code. Collective: all ranks call.
+    The first failing rank raises its own error, the others FailedElsewhere with its code.
+    Collective: all ranks call.
     """
     value: T | None = None
     failure: Fatal | None = None

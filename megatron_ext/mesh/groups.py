@@ -1,7 +1,7 @@
 """Start the process group and megatron-core's parallel groups for a layout; stop them again.
 
-The sizes come from `ParallelSection`, the order from `layout.py`; megatron-core builds the groups (its
-parallel_state stays the one owner of them) and `tests/mesh` holds the two against each other.
+The sizes come from `ParallelSection`, the order from `layout.py`; megatron-core builds the groups
+(its parallel_state stays the one owner of them) and `tests/mesh` holds the two against each other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from megatron_ext.errors import RendezvousError
 
 
 def _read_environment() -> tuple[int, int]:
-    """(rank, world size) by torchrun's variables, else srun's, else one rank; fills torchrun's names for torch."""
+    """(rank, world size) by torchrun's variables, else srun's, else one rank; fills torchrun's
+    names for torch.
+    """
     env = os.environ
     for name, slurm, alone in (
         ("RANK", "SLURM_PROCID", "0"),
@@ -52,9 +54,11 @@ def _start_process_group(device: Device, timeout: datetime.timedelta) -> None:
 
 @contextlib.contextmanager
 def process_groups(parallel, device: Device, seed: int) -> Iterator[None]:
-    """The groups of `parallel` (cfg.parallel) on all ranks; destroyed on the way out, also after an error.
+    """The groups of `parallel` (cfg.parallel) on all ranks; destroyed on the way out, also after an
+    error.
 
-    Seeds megatron-core's random trackers. Errors: RendezvousError (69) when the ranks do not find each other.
+    Seeds megatron-core's random trackers. Errors: RendezvousError (69) when the ranks do not find
+    each other.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -85,10 +89,11 @@ def process_groups(parallel, device: Device, seed: int) -> Iterator[None]:
 
 
 def stop() -> None:
-    """Destroy all groups, so that a rank's own exit code survives (gloo otherwise may abort at exit)."""
+    """Destroy all groups, so that a rank's own exit code survives (gloo otherwise may abort at
+    exit).
+    """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-

@@ -1,7 +1,9 @@
-"""Core attention on `F.scaled_dot_product_attention`: causal, grouped-query, sliding window, document mask.
+"""Core attention on `F.scaled_dot_product_attention`: causal, grouped-query, sliding window,
+document mask.
 
-Stands where megatron-core puts its own DotProductAttention or Transformer Engine's (`core_attention` of the layer
-spec). Shapes: S sequence, B micro-batch, N query heads of this tp rank, G key/value heads of this tp rank, D head.
+Stands where megatron-core puts its own DotProductAttention or Transformer Engine's
+(`core_attention` of the layer spec). Shapes: S sequence, B micro-batch, N query heads of this tp
+rank, G key/value heads of this tp rank, D head.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ def attention_mask(
     document_ids_BS: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """True where query i may look at key j: causal, within `window` = (left, right), inside one document.
+    """True where query i may look at key j: causal, within `window` = (left, right), inside one
+    document.
 
-    The last query stands at the last key (cached generation). -> bool [1 or B, 1, num_queries, num_keys].
+    The last query stands at the last key (cached generation). -> bool [1 or B, 1, num_queries,
+    num_keys].
     """
     row = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     col = torch.arange(num_keys, device=device)[None, :]
@@ -46,9 +50,10 @@ def attention_mask(
 class CoreAttention(MegatronModule):
     """softmax(q k^T * scale + mask) v for the heads of this tp rank.
 
-    `attention_mask` (third tensor of forward) carries the document ids [B, S] of packed samples, or None for plain
-    causal attention; the mask itself is built here, so that no [S, S] tensor crosses the pipeline.
-    `softmax_type`: vanilla; off-by-one and learnable add one extra logit per head to the denominator (GPT-OSS).
+    `attention_mask` (third tensor of forward) carries the document ids [B, S] of packed samples, or
+    None for plain causal attention; the mask itself is built here, so that no [S, S] tensor crosses
+    the pipeline. `softmax_type`: vanilla; off-by-one and learnable add one extra logit per head to
+    the denominator (GPT-OSS).
     """
 
     def __init__(
@@ -122,7 +127,9 @@ class CoreAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(num_queries, q.shape[0], -1)
 
     def _with_offset_key(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor):
-        """Append a key whose logit is the offset and whose value is zero: softmax then sums to less than one."""
+        """Append a key whose logit is the offset and whose value is zero: softmax then sums to less
+        than one.
+        """
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
         bias = bias.masked_fill(~mask, float("-inf"))
         bias = bias.expand(q.shape[0], q.shape[1], -1, -1)

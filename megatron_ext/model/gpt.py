@@ -1,9 +1,12 @@
-"""The model chunks of one rank: megatron-core's GPTModel, filled the same way in every layout, wrapped in DDP.
+"""The model chunks of one rank: megatron-core's GPTModel, filled the same way in every layout,
+wrapped in DDP.
 
-    transformer_config -> decoder_spec per virtual stage -> GPT -> initialise -> Float16Module -> DDP
+    transformer_config -> decoder_spec per virtual stage -> GPT -> initialise -> Float16Module ->
+    DDP
 
-Worked example, 8 layers on pp2 with two virtual stages: pipeline rank 0 builds chunks [layers 1-2 with the embedding]
-and [layers 5-6], rank 1 builds [3-4] and [7-8 with norm, output layer and loss].
+Worked example, 8 layers on pp2 with two virtual stages: pipeline rank 0 builds chunks [layers 1-2
+with the embedding] and [layers 5-6], rank 1 builds [3-4] and [7-8 with norm, output layer and
+loss].
 """
 
 from __future__ import annotations
@@ -54,7 +57,8 @@ class GPT(GPTModel):
 
 
 def vocabulary(cfg: RunConfig, tokenizer_size: int | None) -> Vocabulary:
-    """The true and the padded size: the larger of --vocab-size and the tokenizer's (which may add an end-of-document).
+    """The true and the padded size: the larger of --vocab-size and the tokenizer's (which may add
+    an end-of-document).
 
     Raises ConfigError where neither is known, or --padded-vocab-size cannot hold it.
     """
@@ -104,20 +108,24 @@ def _chunk(cfg: RunConfig, config: TransformerConfig, words: Vocabulary, stage: 
 
 
 def _check_layers(chunks: Sequence[nn.Module], num_layers: int) -> None:
-    """The layers that all pipeline ranks built sum to --num-layers (a split may drop some silently)."""
-    built = torch.tensor([sum(len(chunk.decoder.layers) for chunk in chunks)], device=current_device())
-    torch.distributed.all_reduce(
-        built, group=parallel_state.get_pipeline_model_parallel_group()
+    """The layers that all pipeline ranks built sum to --num-layers (a split may drop some
+    silently).
+    """
+    built = torch.tensor(
+        [sum(len(chunk.decoder.layers) for chunk in chunks)], device=current_device()
     )
+    torch.distributed.all_reduce(built, group=parallel_state.get_pipeline_model_parallel_group())
     if int(built) != num_layers:
         raise ConfigError(
             f"--num-layers {num_layers}, but the pipeline split builds {int(built)} layers",
-            do="check the --pipeline-model-parallel-layout and --decoder-*-pipeline-num-layers flags",
+            do="check --pipeline-model-parallel-layout and --decoder-*-pipeline-num-layers",
         )
 
 
 def build_chunks(cfg: RunConfig, words: Vocabulary) -> list[nn.Module]:
-    """The initialised model chunks of this rank (in 16 bits where asked), not yet wrapped for training."""
+    """The initialised model chunks of this rank (in 16 bits where asked), not yet wrapped for
+    training.
+    """
     recorder = Recorder()
     config = run_config.transformer_config(cfg, recorder)
     virtual = config.virtual_pipeline_model_parallel_size
@@ -135,7 +143,9 @@ def build_chunks(cfg: RunConfig, words: Vocabulary) -> list[nn.Module]:
 
 
 def wrap_for_training(cfg: RunConfig, chunks: Sequence[nn.Module]) -> list[DistributedDataParallel]:
-    """Each chunk in megatron-core's DDP, which owns its gradient buffers and their reduction over dp (and edp)."""
+    """Each chunk in megatron-core's DDP, which owns its gradient buffers and their reduction over
+    dp (and edp).
+    """
     overlap_step = cfg.optimizer.overlap_param_gather_with_optimizer_step
     return [
         DistributedDataParallel(

@@ -1,11 +1,14 @@
 """The same initial weights, bit for bit, in every parallel layout.
 
-megatron-core draws each rank's weights from that rank's random stream, so another layout is another model. Here a
-weight is a function of the seed, its global name, its layer and expert, and its place inside the global tensor:
+megatron-core draws each rank's weights from that rank's random stream, so another layout is another
+model. Here a weight is a function of the seed, its global name, its layer and expert, and its place
+inside the global tensor:
 
-1. while the model is built, `Recorder`'s init methods draw nothing; they note which parameter wants which deviation;
-2. `initialise` asks the model for its sharded state (the map from local tensors to places in global tensors that the
-   checkpoints use) and fills every piece from generators seeded by (seed, name, leading indices, block of rows).
+1. while the model is built, `Recorder`'s init methods draw nothing; they note which parameter wants
+   which deviation;
+2. `initialise` asks the model for its sharded state (the map from local tensors to places in global
+   tensors that the checkpoints use) and fills every piece from generators seeded by (seed, name,
+   leading indices, block of rows).
 
 Biases are zero and norms one, as their modules made them.
 """
@@ -25,7 +28,7 @@ ROWS_PER_BLOCK = 64
 
 
 class Recorder:
-    """Init methods that note the standard deviation of each parameter instead of drawing numbers."""
+    """Init methods that note each parameter's standard deviation instead of drawing numbers."""
 
     def __init__(self) -> None:
         self._noted: list[tuple[Tensor, float]] = []
@@ -40,7 +43,9 @@ class Recorder:
         return note
 
     def by_storage(self) -> dict[int, float]:
-        """Storage address -> deviation. Asked after the model is built: a module may have moved its parameter's data."""
+        """Storage address -> deviation. Asked after the model is built: a module may have moved its
+        parameter's data.
+        """
         return {weight.untyped_storage().data_ptr(): std for weight, std in self._noted}
 
 
@@ -54,8 +59,9 @@ def fill_normal(
 ) -> None:
     """Fill `local`, the piece at `offset` of the global tensor `name` of `shape`, with N(0, std^2).
 
-    All leading dims but the last two are indices (layer, expert, gate); rows are drawn in blocks of ROWS_PER_BLOCK whole
-    rows, so that a piece cut along any dim gets the numbers it has in the whole. Drawn in fp32 on the CPU.
+    All leading dims but the last two are indices (layer, expert, gate); rows are drawn in blocks of
+    ROWS_PER_BLOCK whole rows, so that a piece cut along any dim gets the numbers it has in the
+    whole. Drawn in fp32 on the CPU.
     """
     rows, columns = (shape[-2], shape[-1]) if len(shape) > 1 else (1, shape[-1])
     pieces = local.reshape(-1, *local.shape[-2:]) if local.dim() > 1 else local.view(1, 1, -1)
@@ -80,9 +86,15 @@ def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _fill_rows(
-    piece: Tensor, key: tuple, row_range: tuple[int, int], col_range: tuple[int, int, int], std: float
+    piece: Tensor,
+    key: tuple,
+    row_range: tuple[int, int],
+    col_range: tuple[int, int, int],
+    std: float,
 ) -> None:
-    """Fill piece [r, c] = rows row0.. and columns col0.. of the matrix named by `key`, block of rows by block."""
+    """Fill piece [r, c] = rows row0.. and columns col0.. of the matrix named by `key`, block of
+    rows by block.
+    """
     (row0, _), (col0, num_cols, columns) = row_range, col_range
     row, last = row0, row0 + piece.shape[0]
     while row < last:
@@ -97,7 +109,9 @@ def _fill_rows(
 
 
 def sharded_pieces(state) -> Iterator[ShardedTensor]:
-    """Every ShardedTensor of a (nested) sharded state dict; factories (gate and up in one weight) are opened."""
+    """Every ShardedTensor of a (nested) sharded state dict; factories (gate and up in one weight)
+    are opened.
+    """
     if isinstance(state, ShardedTensorFactory):
         yield from sharded_pieces(state.build())
     elif isinstance(state, ShardedTensor):
@@ -111,17 +125,20 @@ def sharded_pieces(state) -> Iterator[ShardedTensor]:
 
 
 def sharding_metadata() -> dict:
-    """What megatron-core's sharded_state_dict is asked with: every layer has its own name (not a row of a stacked
-    tensor), so that layers may differ; replicas are numbered over dp x cp."""
+    """What megatron-core's sharded_state_dict is asked with: every layer has its own name (not a
+    row of a stacked tensor), so that layers may differ; replicas are numbered over dp x cp.
+    """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return {"non_homogeneous_layers": True, "dp_cp_group": group}
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, recorder: Recorder, *, embedding_std: float, seed: int) -> int:
-    """Fill every recorded parameter of a model chunk; returns how many elements were drawn. Call before DDP.
+    """Fill every recorded parameter of a model chunk; returns how many elements were drawn. Call
+    before DDP.
 
-    Copies of the word embedding (tied output layer, MTP) are the embedding's own numbers whatever module holds them.
+    Copies of the word embedding (tied output layer, MTP) are the embedding's own numbers whatever
+    module holds them.
     """
     std_of = recorder.by_storage()
     drawn = 0
@@ -137,5 +154,7 @@ def initialise(model: nn.Module, recorder: Recorder, *, embedding_std: float, se
 
 
 def output_std(std: float, num_layers: int) -> float:
-    """Deviation of the layers that write into the residual stream: std / sqrt(2 * num_layers) (GPT-2)."""
+    """Deviation of the layers that write into the residual stream: std / sqrt(2 * num_layers)
+    (GPT-2).
+    """
     return std / math.sqrt(2.0 * num_layers)

@@ -1,8 +1,10 @@
-"""Layer specifications: which module stands where in a transformer layer, with or without Transformer Engine.
+"""Layer specifications: which module stands where in a transformer layer, with or without
+Transformer Engine.
 
-`--transformer-impl local` builds every layer from megatron-core's parallel linear layers and our norm, core
-attention, router and grouped experts; it needs no compiled extension and runs on CPU and CUDA.
-`--transformer-impl transformer_engine` takes megatron-core's own Transformer Engine spec and puts our router into it.
+`--transformer-impl local` builds every layer from megatron-core's parallel linear layers and our
+norm, core attention, router and grouped experts; it needs no compiled extension and runs on CPU and
+CUDA. `--transformer-impl transformer_engine` takes megatron-core's own Transformer Engine spec and
+puts our router into it.
 """
 
 from __future__ import annotations
@@ -129,7 +131,9 @@ def layer_spec(config, *, is_moe: bool, global_aux_scale: str) -> ModuleSpec:
 
 
 def moe_layer_pattern(config) -> list[bool]:
-    """Which of the num_layers layers are mixtures of experts (--moe-layer-freq: every N-th, or a list of 0 and 1)."""
+    """Which of the num_layers layers are mixtures of experts (--moe-layer-freq: every N-th, or a
+    list of 0 and 1).
+    """
     if config.num_moe_experts is None:
         return [False] * config.num_layers
     if isinstance(config.moe_layer_freq, int):
@@ -163,7 +167,9 @@ def decoder_spec(
 
 
 def mtp_spec(config, *, global_aux_scale: str, pp_rank: int, vp_stage: int | None):
-    """The spec of the multi-token-prediction block of this stage, or None (it repeats the last decoder layer's kind)."""
+    """The spec of the multi-token-prediction block of this stage, or None (it repeats the last
+    decoder layer's kind).
+    """
     if not config.mtp_num_layers:
         return None
     use_te = config.transformer_impl == "transformer_engine"

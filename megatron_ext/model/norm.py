@@ -1,8 +1,10 @@
-"""RMSNorm and LayerNorm that run without Transformer Engine or Apex and work with sequence parallelism.
+"""RMSNorm and LayerNorm that run without Transformer Engine or Apex and work with sequence
+parallelism.
 
-megatron-core's local norms refuse sequence parallelism, which a mixture of experts with tensor parallelism needs.
-The weight is replicated over tp; with sequence parallelism each tp rank sees S/tp of the tokens, so the weight
-carries `sequence_parallel=True` and megatron-core sums its gradient over tp.
+megatron-core's local norms refuse sequence parallelism, which a mixture of experts with tensor
+parallelism needs. The weight is replicated over tp; with sequence parallelism each tp rank sees
+S/tp of the tokens, so the weight carries `sequence_parallel=True` and megatron-core sums its
+gradient over tp.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ class Norm(nn.Module):
 
     x [..., H] in any floating dtype -> the same shape and dtype; statistics are taken in fp32.
     RMSNorm: x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019, arXiv:1910.07467).
-    With `--apply-layernorm-1p` the stored weight is w - 1, so that weight decay pulls towards the identity.
+    With `--apply-layernorm-1p` the stored weight is w - 1, so that weight decay pulls towards the
+    identity.
     """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_ignored) -> None:

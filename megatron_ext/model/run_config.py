@@ -1,7 +1,8 @@
 """RunConfig -> megatron-core's config objects. The only place that knows both.
 
-cfg.mcore_values() carries every value that is plain data; here the objects join: dtypes, functions, init methods.
-What megatron-core refuses in its own checks becomes one ConfigError line instead of a traceback.
+cfg.mcore_values() carries every value that is plain data; here the objects join: dtypes, functions,
+init methods. What megatron-core refuses in its own checks becomes one ConfigError line instead of a
+traceback.
 """
 
 from __future__ import annotations
@@ -46,13 +47,16 @@ def embedding_std(cfg: RunConfig) -> float:
 
 
 def _may_free_sent_outputs(values: dict) -> bool:
-    """Freeing a stage's output right after its send was issued is safe in CUDA's stream order only: gloo reads the
-    memory later, and the interleaved schedule then sends garbage now and then (a gradient norm of 33 for 1.9)."""
+    """Freeing a stage's output right after its send was issued is safe in CUDA's stream order only:
+    gloo reads the memory later, and the interleaved schedule then sends garbage now and then (a
+    gradient norm of 33 for 1.9).
+    """
     return values["deallocate_pipeline_outputs"] and current_device().type == "cuda"
 
 
 def transformer_config(cfg: RunConfig, recorder: Recorder) -> TransformerConfig:
-    """TransformerConfig (or MLATransformerConfig) of the run; `recorder` notes every weight's deviation.
+    """TransformerConfig (or MLATransformerConfig) of the run; `recorder` notes every weight's
+    deviation.
 
     Raises ConfigError with megatron-core's own words where it refuses the values.
     """
@@ -86,7 +90,9 @@ def transformer_config(cfg: RunConfig, recorder: Recorder) -> TransformerConfig:
 
 
 def _add_yarn(config: TransformerConfig, cfg: RunConfig) -> None:
-    """GPTModel reads YaRN's numbers (Peng et al. 2023, arXiv:2309.00071) as extra attributes of its config."""
+    """GPTModel reads YaRN's numbers (Peng et al. 2023, arXiv:2309.00071) as extra attributes of its
+    config.
+    """
     model, transformer = cfg.model, cfg.transformer
     given = {
         "yarn_rotary_scaling_factor": transformer.rotary_scaling_factor,
@@ -103,7 +109,9 @@ def _add_yarn(config: TransformerConfig, cfg: RunConfig) -> None:
 
 
 def ddp_config(cfg: RunConfig) -> DistributedDataParallelConfig:
-    """How gradients are bucketed and reduced. Numbers are checked by train/step.py, not inside the buckets."""
+    """How gradients are bucketed and reduced. Numbers are checked by train/step.py, not inside the
+    buckets.
+    """
     values = cfg.ddp_values()
     values["check_for_nan_in_grad"] = False
     return DistributedDataParallelConfig(**values)
@@ -126,5 +134,3 @@ def optimizer_config(cfg: RunConfig) -> OptimizerConfig:
         return OptimizerConfig(**values)
     except (AssertionError, ValueError, TypeError) as error:
         raise _refused_by_megatron_core(error) from error
-
-

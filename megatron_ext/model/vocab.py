@@ -1,8 +1,9 @@
 """The vocabulary: its padded size, and logits that give the padding no probability.
 
-Embedding and output rows are padded to a multiple of `--make-vocab-size-divisible-by` x tp so that they divide over
-tp. Megatron-LM lets the padding take part in the softmax, so that the loss depends on tp; here the padding
-columns are -inf, so the loss is that of the true vocabulary in every layout.
+Embedding and output rows are padded to a multiple of `--make-vocab-size-divisible-by` x tp so that
+they divide over tp. Megatron-LM lets the padding take part in the softmax, so that the loss depends
+on tp; here the padding columns are -inf, so the loss is that of the true vocabulary in every
+layout.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def num_true_columns(vocab_size: int, padded: int, tp_rank: int, tp: int) -> int
 
 
 def hide_padding(logits: Tensor, num_true: int) -> Tensor:
-    """Set the padding columns of this tp rank's logits [..., padded/tp] to -inf, in place; their gradient is zero."""
+    """Set the padding columns of this tp rank's logits [..., padded/tp] to -inf, in place; their
+    gradient is zero.
+    """
     if num_true < logits.shape[-1]:
         logits[..., num_true:] = torch.finfo(logits.dtype).min
     return logits

@@ -1,1 +1,1 @@
-"""Mixture of experts: `router` -> `stats` (what it did) -> megatron-core's dispatcher -> `experts`."""
+"""Mixture of experts: `router` -> `stats` (what it did) -> mcore's dispatcher -> `experts`."""

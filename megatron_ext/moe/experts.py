@@ -1,9 +1,9 @@
 """The experts of one rank as two grouped matrix products, `torch.nn.functional.grouped_mm`.
 
-Shapes: T tokens routed to this rank (sorted by expert), e experts of this rank, H hidden, F expert hidden of this
-etp rank, g = 2 for gated units (gate and up) and 1 otherwise.
-Weights are stored as fc1 [e, g, F, H] and fc2 [e, H, F]: the two leading axes are the global expert axis and the
-gate/up axis, so one checkpoint entry covers all experts whatever ep and etp are.
+Shapes: T tokens routed to this rank (sorted by expert), e experts of this rank, H hidden, F expert
+hidden of this etp rank, g = 2 for gated units (gate and up) and 1 otherwise. Weights are stored as
+fc1 [e, g, F, H] and fc2 [e, H, F]: the two leading axes are the global expert axis and the gate/up
+axis, so one checkpoint entry covers all experts whatever ep and etp are.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ ROW_MULTIPLE = 32
 
 
 def grouped_linear(x_TK: Tensor, weight_eNK: Tensor, offsets_e: Tensor) -> Tensor:
-    """y[t] = weight[expert of t] @ x[t] for tokens sorted by expert; offsets are the cumulated counts (int32).
+    """y[t] = weight[expert of t] @ x[t] for tokens sorted by expert; offsets are the cumulated
+    counts (int32).
 
-    x [T, K], weight [e, N, K] -> [T, N]. Experts without tokens are allowed and get a zero gradient.
+    x [T, K], weight [e, N, K] -> [T, N]. Experts without tokens are allowed and get a zero
+    gradient.
     """
     return F.grouped_mm(x_TK, weight_eNK.transpose(1, 2), offs=offsets_e)
 
@@ -39,8 +41,8 @@ def padded_places(counts_e: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     """Where T sorted rows go when every expert's block starts at a multiple of `multiple`.
 
     counts [e] -> (places [T] int64, end of each block [e] int32). The rows between are padding.
-    On a CPU oneDNN compiles a kernel for every new row count (0.9-3 ms against 0.06-0.12 ms for a known one, bf16, 256
-    rows); with rounded counts the shapes repeat.
+    On a CPU oneDNN compiles a kernel for every new row count (0.9-3 ms against 0.06-0.12 ms for a
+    known one, bf16, 256 rows); with rounded counts the shapes repeat.
     """
     padded = (counts_e + multiple - 1) // multiple * multiple
     ends = torch.cumsum(padded, 0)
@@ -50,11 +52,13 @@ def padded_places(counts_e: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
 
 
 class GroupedExperts(MegatronModule):
-    """SwiGLU (or other) feed-forward experts; the routing weight is applied before fc2, as megatron-core does.
+    """SwiGLU (or other) feed-forward experts; the routing weight is applied before fc2, as
+    megatron-core does.
 
-    Every parameter carries `allreduce = False`: it is reduced over the expert data-parallel group whatever ep is.
-    Stock megatron-core does so only when ep > 1, which with etp < tp and ep = 1 leaves expert gradients about 100%
-    wrong while the first loss moves by 1e-5 (see `tests/moe/test_experts.py`).
+    Every parameter carries `allreduce = False`: it is reduced over the expert data-parallel group
+    whatever ep is. Stock megatron-core does so only when ep > 1, which with etp < tp and ep = 1
+    leaves expert gradients about 100% wrong while the first loss moves by 1e-5 (see
+    `tests/moe/test_experts.py`).
     """
 
     def __init__(self, num_local_experts: int, config, pg_collection=None) -> None:
@@ -86,7 +90,9 @@ class GroupedExperts(MegatronModule):
             torch.empty(shape, dtype=self.config.params_dtype, device=current_device())
         )
         parameter.allreduce = False
-        parameter.tensor_model_parallel = True  # else the gradient norm counts one etp rank's shard only
+        parameter.tensor_model_parallel = (
+            True  # else the gradient norm counts one etp rank's shard only
+        )
         parameter.partition_dim, parameter.partition_stride = split_dim, 1
         return parameter
 
@@ -104,13 +110,15 @@ class GroupedExperts(MegatronModule):
         return (out * probs_T.unsqueeze(-1)).to(hidden_TgF.dtype)
 
     def forward(self, x_TH: Tensor, tokens_per_expert: Tensor, probs_T: Tensor):
-        """Tokens sorted by local expert [T, H] -> ([T, H], None): partial sums over etp, no bias."""
+        """Tokens sorted by local expert [T, H] -> ([T, H], None); partial sums over etp."""
         if self.config.moe_apply_probs_on_input:
             x_TH = (x_TH * probs_T.unsqueeze(-1)).to(x_TH.dtype)
             probs_T = torch.ones_like(probs_T)
         counts = tokens_per_expert.to(x_TH.device)
         if x_TH.device.type != "cpu":
-            return self._compute(x_TH, counts, torch.cumsum(counts, 0, dtype=torch.int32), probs_T), None
+            return self._compute(
+                x_TH, counts, torch.cumsum(counts, 0, dtype=torch.int32), probs_T
+            ), None
         places, ends = padded_places(counts, ROW_MULTIPLE)
         x_PH = x_TH.new_zeros(int(ends[-1]), x_TH.shape[1]).index_copy(0, places, x_TH)
         probs_P = probs_T.new_zeros(int(ends[-1])).index_copy(0, places, probs_T)
@@ -118,7 +126,9 @@ class GroupedExperts(MegatronModule):
         return self._compute(x_PH, blocks, ends, probs_P).index_select(0, places), None
 
     def _compute(self, x_TH: Tensor, counts: Tensor, offsets: Tensor, probs_T: Tensor) -> Tensor:
-        """fc1, activation times routing weight, fc2 for blocks of `counts` rows that end at `offsets`."""
+        """fc1, activation times routing weight, fc2 for blocks of `counts` rows that end at
+        `offsets`.
+        """
         fc1, fc2 = self.fc1_weight, self.fc2_weight
         hidden = grouped_linear(x_TH, fc1.flatten(1, 2), offsets).unflatten(1, fc1.shape[1:3])
         if self.fc1_bias is not None:
@@ -136,7 +146,9 @@ class GroupedExperts(MegatronModule):
         return out
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """Global tensors fc1 [.., E, g, F, H] and fc2 [.., E, H, F]; replicas are the expert data-parallel ranks."""
+        """Global tensors fc1 [.., E, g, F, H] and fc2 [.., E, H, F]; replicas are the expert
+        data-parallel ranks.
+        """
         axis = len(sharded_offsets)
         ep = (axis, self.ep_group.rank(), self.ep_group.size())
         etp = (axis + 2, self.etp_group.rank(), self.etp_group.size())

@@ -1,11 +1,12 @@
-"""The router of every MoE layer: megatron-core's TopKRouter with losses of the strength they say and a tally.
+"""The router of every MoE layer: megatron-core's TopKRouter with losses of the strength they say
+and a tally.
 
-megatron-core scores, selects and drops (softmax or sigmoid, pre/post softmax, group-limited, expert bias, sinkhorn,
-capacity). Two things are changed through its own methods:
+megatron-core scores, selects and drops (softmax or sigmoid, pre/post softmax, group-limited, expert
+bias, sinkhorn, capacity). Two things are changed through its own methods:
 
 * the strength of the auxiliary losses (see `loss_strength`), which in 0.16.1 depends on the layout;
-* what the router did is written into a `Tally` (moe/stats.py) instead of megatron-core's logging tracker, whose
-  reduction hangs pipeline ranks without MoE layers and shows the z-loss of one rank only.
+* what the router did is written into a `Tally` (moe/stats.py) instead of megatron-core's logging
+  tracker, whose reduction hangs pipeline ranks without MoE layers and shows one rank's z-loss only.
 
 Global-batch load-balancing loss: Qiu et al. 2025, "Demons in the Detail", arXiv:2501.11873.
 """
@@ -23,13 +24,15 @@ from megatron_ext.moe.stats import Tally
 def loss_strength(
     *, shards: int, dp: int, over_global_batch: bool, exact: bool, tokens: int | None
 ) -> float:
-    """Factor on a balance or z loss so that its gradient has the strength of its coefficient in every layout.
+    """Factor on a balance or z loss so that its gradient has the strength of its coefficient in
+    every layout.
 
-    The loss of one rank is its share of a sum over `shards` = tp x cp token shards (and over dp as well for the
-    global-batch loss). The data-parallel reduction then averages over dp, which is right for per-micro-batch losses
-    and makes the global-batch one 1/dp of its coefficient; `exact` undoes that, `exact=False` keeps
-    megatron-core's strength for recipes tuned with it. With --calculate-per-token-loss gradients are divided by the
-    number of tokens of the global batch: `tokens` of this rank's shard times `shards` restores the loss (0.16.1 leaves out `shards`).
+    The loss of one rank is its share of a sum over `shards` = tp x cp token shards (and over dp as
+    well for the global-batch loss). The data-parallel reduction then averages over dp, which is
+    right for per-micro-batch losses and makes the global-batch one 1/dp of its coefficient; `exact`
+    undoes that, `exact=False` keeps megatron-core's strength for recipes tuned with it. With
+    --calculate-per-token-loss gradients are divided by the number of tokens of the global batch:
+    `tokens` of this rank's shard times `shards` restores the loss (0.16.1 leaves out `shards`).
     """
     strength = 1.0
     if over_global_batch and exact:
@@ -40,7 +43,9 @@ def loss_strength(
 
 
 class Router(TopKRouter):
-    """TopKRouter with exact loss strengths and a tally; `global_aux_scale` is --moe-global-aux-scale."""
+    """TopKRouter with exact loss strengths and a tally; `global_aux_scale` is
+    --moe-global-aux-scale.
+    """
 
     def __init__(self, config, pg_collection=None, *, global_aux_scale: str = "exact") -> None:
         super().__init__(config=config, pg_collection=pg_collection)
@@ -80,7 +85,9 @@ class Router(TopKRouter):
         return MoEAuxLossAutoScaler.apply(activation, aux_loss * strength)
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Router z-loss, mean over tokens of logsumexp(logits)^2 (Zoph et al. 2022, ST-MoE, arXiv:2202.08906)."""
+        """Router z-loss, mean over tokens of logsumexp(logits)^2 (Zoph et al. 2022, ST-MoE,
+        arXiv:2202.08906).
+        """
         coefficient = self.config.moe_z_loss_coeff
         if coefficient is None or not self.training or not torch.is_grad_enabled():
             return logits

@@ -1,4 +1,6 @@
-"""The lines people read: Megatron-LM's words and order, so that their parsers keep working. Pure text functions."""
+"""The lines people read: Megatron-LM's words and order, so that their parsers keep working. Pure
+text functions.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ def step_line(record: dict[str, Any], *, num_steps: int, log_throughput: bool) -
         parts.append(f" z_loss: {record['z_loss']:.6E} |")
     if "mtp_loss" in record:
         parts.append(f" mtp loss: {record['mtp_loss']:.6E} |")
-    parts += [f" loss scale: {record['loss_scale']:.1f} |", f" grad norm: {record['grad_norm']:.3f} |"]
+    parts += [
+        f" loss scale: {record['loss_scale']:.1f} |",
+        f" grad norm: {record['grad_norm']:.3f} |",
+    ]
     if record.get("num_zeros") is not None:
         parts.append(f" num zeros: {record['num_zeros']} |")
     if "params_norm" in record:
@@ -45,12 +50,15 @@ def validation_line(record: dict[str, Any]) -> str:
     tail = f" bits per byte: {bits:.4f} |" if bits is not None else ""
     return (
         f" {record['split']} loss at iteration {record['step']} |"
-        f" lm loss value: {record['val_loss']:.6E} | lm loss PPL: {record['perplexity']:.6E} |{tail}"
+        f" lm loss value: {record['val_loss']:.6E} |"
+        f" lm loss PPL: {record['perplexity']:.6E} |{tail}"
     )
 
 
 def expert_lines(counts_LE, is_moe_L) -> list[str]:
-    """One line per MoE layer: the share of the busiest, the idlest and an even expert, and a bar per expert."""
+    """One line per MoE layer: the share of the busiest, the idlest and an even expert, and a bar
+    per expert.
+    """
     blocks = " ▁▂▃▄▅▆▇█"
     lines = []
     for layer, counts in enumerate(counts_LE.tolist()):
@@ -60,7 +68,7 @@ def expert_lines(counts_LE, is_moe_L) -> list[str]:
         peak = max(counts) or 1.0
         bars = "".join(blocks[min(8, round(8 * count / peak))] for count in counts)
         lines.append(
-            f"  layer {layer + 1:3d}  busiest {max(counts) / total:6.1%}  idlest {min(counts) / total:6.1%}"
-            f"  even {1 / len(counts):6.1%}  |{bars}|"
+            f"  layer {layer + 1:3d}  busiest {max(counts) / total:6.1%}"
+            f"  idlest {min(counts) / total:6.1%}  even {1 / len(counts):6.1%}  |{bars}|"
         )
     return lines

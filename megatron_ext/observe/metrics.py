@@ -1,6 +1,8 @@
-"""The record of one step or one evaluation, and metrics.jsonl: one JSON object a line, written by rank 0.
+"""The record of one step or one evaluation, and metrics.jsonl: one JSON object a line, written by
+rank 0.
 
-Units are in the keys: *_s seconds, *_per_s rates, *_loss nats per token (aux losses: loss / coefficient, 1 = even load).
+Units are in the keys: *_s seconds, *_per_s rates, *_loss nats per token (aux losses: loss /
+coefficient, 1 = even load).
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ BALANCE_LOSSES = (
 def routing_values(routing: RoutingRecord | None) -> dict[str, Any]:
     """The routing part of a step's record; {} for a dense model.
 
-    `load_balancing_loss` is the mean over MoE layers of the first balance loss in use; max_violation per layer is
-    max load / mean load - 1.
+    `load_balancing_loss` is the mean over MoE layers of the first balance loss in use;
+    max_violation per layer is max load / mean load - 1.
     """
     if routing is None:
         return {}
@@ -41,7 +43,9 @@ def routing_values(routing: RoutingRecord | None) -> dict[str, Any]:
 
 
 class MetricsFile:
-    """Appends records to metrics.jsonl; after a resume, records of steps that are run again are cut off first."""
+    """Appends records to metrics.jsonl; after a resume, records of steps that are run again are cut
+    off first.
+    """
 
     def __init__(self, path: Path, first_step: int) -> None:
         self.path = path

@@ -25,7 +25,13 @@ class Observers:
     """Shows each record where it belongs. `is_active` is true on rank 0 alone."""
 
     def __init__(
-        self, cfg: RunConfig, where: RunDirectory, *, first_step: int, num_steps: int, is_active: bool
+        self,
+        cfg: RunConfig,
+        where: RunDirectory,
+        *,
+        first_step: int,
+        num_steps: int,
+        is_active: bool,
     ) -> None:
         self.cfg, self.num_steps, self.is_active = cfg, num_steps, is_active
         self._where = where

@@ -1,4 +1,4 @@
-"""The run directory: RUN/config.yaml, metrics.jsonl, tensorboard/, checkpoints/, logs/rank_*.log."""
+"""RUN: config.yaml, metrics.jsonl, expert_load.json, tensorboard/, checkpoints/, logs/."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def places(cfg: RunConfig, root: str) -> RunDirectory:
 
 
 def create(cfg: RunConfig, where: RunDirectory) -> None:
-    """Make the folders and write config.yaml (rank 0). Raises DiskError where the folder cannot be written."""
+    """Make the folders and write config.yaml (rank 0). Raises DiskError where the folder cannot be
+    written.
+    """
     try:
         for folder in (where.root / "logs", where.save, where.tensorboard):
             folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,9 @@ def create(cfg: RunConfig, where: RunDirectory) -> None:
 
 
 def log_to_file(where: RunDirectory, rank: int, level: int | None) -> None:
-    """Send this rank's log records and Python warnings to logs/rank_NNNNN.log instead of the console."""
+    """Send this rank's log records and Python warnings to logs/rank_NNNNN.log instead of the
+    console.
+    """
     handler = logging.FileHandler(where.root / "logs" / f"rank_{rank:05d}.log", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s level=%(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
@@ -70,4 +74,3 @@ def log_to_file(where: RunDirectory, rank: int, level: int | None) -> None:
     root.setLevel(logging.INFO if level is None else level)
     logging.captureWarnings(True)
     warnings.simplefilter("default")
-

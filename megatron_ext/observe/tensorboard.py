@@ -52,7 +52,9 @@ class TensorBoard:
         step, name = record["step"], "validation" if record["split"] == "validation" else "test"
         self._writer.add_scalar(f"lm loss {name}", record["val_loss"], step)
         if with_perplexity:
-            self._writer.add_scalar(f"lm loss {name} ppl", math.exp(min(20, record["val_loss"])), step)
+            self._writer.add_scalar(
+                f"lm loss {name} ppl", math.exp(min(20, record["val_loss"])), step
+            )
         if record.get("bits_per_byte") is not None:
             self._writer.add_scalar(f"bits per byte {name}", record["bits_per_byte"], step)
 

@@ -1,1 +1,1 @@
-"""Optimizer and schedules: RunConfig -> megatron-core's optimizer and its learning-rate scheduler."""
+"""RunConfig -> megatron-core's optimizer and its learning-rate and weight-decay scheduler."""

@@ -1,7 +1,9 @@
-"""The optimizer over all chunks and its learning-rate and weight-decay schedule, counted in samples.
+"""The optimizer over all chunks and its learning-rate and weight-decay schedule, counted in
+samples.
 
-megatron-core keeps separate optimizers for dense and expert parameters (their data-parallel groups differ) behind one
-ChainedOptimizer, holds fp32 masters for 16-bit weights, and shards them with --use-distributed-optimizer.
+megatron-core keeps separate optimizers for dense and expert parameters (their data-parallel groups
+differ) behind one ChainedOptimizer, holds fp32 masters for 16-bit weights, and shards them with
+--use-distributed-optimizer.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from megatron_ext.model.run_config import optimizer_config
 
 
 def build_optimizer(cfg: RunConfig, chunks: Sequence[nn.Module]) -> MegatronOptimizer:
-    """megatron-core's optimizer; weight decay skips biases and one-dimensional weights, as Megatron-LM does."""
+    """megatron-core's optimizer; weight decay skips biases and one-dimensional weights, as
+    Megatron-LM does.
+    """
     return get_megatron_optimizer(
         optimizer_config(cfg),
         list(chunks),
@@ -44,7 +48,9 @@ def _lengths(cfg: RunConfig) -> tuple[int, int, int | None]:
 
 
 def build_scheduler(cfg: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Warm-up, then constant, linear, cosine, inverse-square-root or WSD; `step(increment=samples)` moves it."""
+    """Warm-up, then constant, linear, cosine, inverse-square-root or WSD; `step(increment=samples)`
+    moves it.
+    """
     schedule, train = cfg.schedule, cfg.train
     warmup, decay, wsd = _lengths(cfg)
     total = train.train_samples or (train.train_iters or 0) * train.global_batch_size

@@ -1,1 +1,3 @@
-"""The loop: `setup` (parts of a run) -> `loop` (when) -> `step` (what one optimizer step does) -> `evaluate`."""
+"""The loop: `setup` (parts of a run) -> `loop` (when) -> `step` (what one optimizer step does) ->
+`evaluate`.
+"""

@@ -14,8 +14,9 @@ def global_batch_size(
 ) -> int:
     """Samples of the step that starts at `consumed_samples`.
 
-    `rampup` = (start, increment, samples): the batch grows by `increment` in equal stretches of `samples` until it is
-    `full` (Megatron-LM's rule). With `round_down` it is cut to a multiple of micro-batch-size * dp.
+    `rampup` = (start, increment, samples): the batch grows by `increment` in equal stretches of
+    `samples` until it is `full` (Megatron-LM's rule). With `round_down` it is cut to a multiple of
+    micro-batch-size * dp.
     """
     size = full
     if rampup and consumed_samples < rampup[2]:

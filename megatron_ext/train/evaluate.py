@@ -1,7 +1,8 @@
 """Validation: the loss over a fixed set of samples, in nats per token and in bits per byte of text.
 
-Every evaluation reads the same first `eval_iters` global batches of its split, so that the points of a curve compare.
-bits per byte = nats / ln 2 / bytes, which does not depend on the tokenizer; bytes are those of the label tokens.
+Every evaluation reads the same first `eval_iters` global batches of its split, so that the points
+of a curve compare. bits per byte = nats / ln 2 / bytes, which does not depend on the tokenizer;
+bytes are those of the label tokens.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from data.loader import MicroBatches
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from data.loader import MicroBatches
 from megatron_ext.device import current_device
 from megatron_ext.train.step import run_schedule, sum_over_ranks, to_device
 
@@ -46,7 +47,7 @@ def evaluate(
     step: int,
     sizes_V: Tensor | None,
 ) -> dict[str, Any]:
-    """The validation record of `split`, identical on all ranks. Leaves the chunks in training mode."""
+    """The validation record of `split`, the same on all ranks; the chunks end in training mode."""
     dp_rank = parallel_state.get_data_parallel_rank()
     dp = parallel_state.get_data_parallel_world_size()
     batches = MicroBatches(dataset, micro_batch_size, dp_rank, dp, consumed_samples=0)

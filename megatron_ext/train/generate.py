@@ -1,7 +1,8 @@
 """Continue a prompt with a trained model: greedy or sampled, one token at a time, one rank.
 
-Every token runs the whole context again (no key/value cache): right for looking at a checkpoint, not for serving. The
-context is padded on the right to a multiple of 64 tokens, which causal attention cannot see, so that matrix shapes repeat.
+Every token runs the whole context again (no key/value cache): right for looking at a checkpoint,
+not for serving. The context is padded on the right to a multiple of 64 tokens, which causal
+attention cannot see, so that matrix shapes repeat.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ def choose(
 ) -> int:
     """The next token from its logits [V]: the largest where temperature is 0, else a draw.
 
-    top_k > 0 keeps the k largest; top_p < 1 keeps the smallest set that holds this probability (Holtzman et al. 2020).
+    top_k > 0 keeps the k largest; top_p < 1 keeps the smallest set that holds this probability
+    (Holtzman et al. 2020).
     """
     if temperature == 0:
         return int(logits_V.argmax())

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from data.loader import MicroBatches
 from megatron.core import parallel_state
 
+from data.loader import MicroBatches
 from megatron_ext.config import RunConfig
 from megatron_ext.device import current_device
 from megatron_ext.observe.metrics import routing_values
@@ -56,9 +56,11 @@ def num_samples(train, num_steps: int) -> tuple[int, int, int]:
     return training, evaluation, evaluation
 
 
-def _record(run: Run, result: StepResult, seconds: float, batch: int, skipped: int) -> dict[str, Any]:
+def _record(
+    run: Run, result: StepResult, seconds: float, batch: int, skipped: int
+) -> dict[str, Any]:
     """One line of metrics.jsonl."""
-    cfg, state, progress = run.cfg, run.state, run.state.progress
+    state, progress = run.state, run.state.progress
     tokens_per_s = result.num_tokens / seconds
     flops = run.flops_per_token * tokens_per_s
     groups = [group for group in state.optimizer.param_groups if group["params"]] or [{}]
@@ -102,7 +104,9 @@ def _evaluate(run: Run, split: str) -> None:
     )
 
 
-def _take_step(run: Run, batches: MicroBatches, stop: StopRequest, skipped: int) -> tuple[StepResult, int]:
+def _take_step(
+    run: Run, batches: MicroBatches, stop: StopRequest, skipped: int
+) -> tuple[StepResult, int]:
     """Read one global batch, train on it, move the counters, show the record."""
     train, model, progress = run.cfg.train, run.cfg.model, run.state.progress
     dp = parallel_state.get_data_parallel_world_size()
@@ -140,11 +144,16 @@ def _is_multiple(step: int, interval: int | None) -> bool:
 
 
 def train(run: Run) -> str:
-    """Train until the last step or a reason to stop; returns the reason in words ("finished" at the end)."""
+    """Train until the last step or a reason to stop; returns the reason in words ("finished" at the
+    end).
+    """
     cfg, progress = run.cfg, run.state.progress
     num_steps = total_steps(cfg.train)
     prepare_config(
-        run.state.chunks[0].config, run.state.optimizer, run.state.chunks, run.state.chunks[0].ddp_config
+        run.state.chunks[0].config,
+        run.state.optimizer,
+        run.state.chunks,
+        run.state.chunks[0].ddp_config,
     )
     stop = StopRequest(cfg.train)
     batches = MicroBatches(

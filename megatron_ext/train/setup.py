@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from data import Splits, Tokenizer, build_tokenizer, open_datasets
 from torch import nn
 
+from data import Splits, Tokenizer, build_tokenizer, open_datasets
 from megatron_ext.checkpoint import Checkpointer, Progress, TrainState
 from megatron_ext.config import RunConfig
+from megatron_ext.costs.dryrun import loss_lines
 from megatron_ext.costs.flops import model_flops_per_token
 from megatron_ext.device import Device
 from megatron_ext.mesh.agree import agree, first_rank
@@ -29,7 +30,9 @@ def _is_first() -> bool:
 
 
 def run_directory(cfg: RunConfig) -> RunDirectory:
-    """Create the run's folder (rank 0; its name is everybody's) and send each rank's log records to its file there."""
+    """Create the run's folder (rank 0; its name is everybody's) and send each rank's log records to
+    its file there.
+    """
 
     def make() -> str:
         run_dir.create(cfg, run_dir.places(cfg, cfg.observe.run_dir))
@@ -54,7 +57,9 @@ def tokenizer(cfg: RunConfig) -> Tokenizer:
 
 
 def datasets(cfg: RunConfig, words: Tokenizer) -> Splits:
-    """Train, validation and test data: rank 0 checks the files and builds the indices, then everybody opens them."""
+    """Train, validation and test data: rank 0 checks the files and builds the indices, then
+    everybody opens them.
+    """
 
     def open_(is_builder: bool) -> Splits:
         return open_datasets(
@@ -91,7 +96,11 @@ def checkpointer(cfg: RunConfig, where: RunDirectory) -> Iterator[Checkpointer]:
 def observers(cfg: RunConfig, where: RunDirectory, state: TrainState) -> Iterator[Observers]:
     """The console, metrics.jsonl and TensorBoard of rank 0."""
     made = Observers(
-        cfg, where, first_step=state.progress.step, num_steps=total_steps(cfg.train), is_active=_is_first()
+        cfg,
+        where,
+        first_step=state.progress.step,
+        num_steps=total_steps(cfg.train),
+        is_active=_is_first(),
     )
     try:
         yield made
@@ -104,23 +113,6 @@ def measures(cfg: RunConfig, words: Tokenizer, vocabulary: Vocabulary):
     return bytes_per_token(words), model_flops_per_token(cfg, vocabulary.size)
 
 
-def _aux_line(cfg: RunConfig) -> str | None:
-    """The effective coefficient of the global-batch loss, where it is in use."""
-    kinds, coefficients = cfg.transformer.moe_router_load_balancing_type, cfg.transformer.moe_aux_loss_coeff
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-    if cfg.transformer.num_moe_experts is None or "global_aux_loss" not in kinds:
-        return None
-    coefficients = coefficients if isinstance(coefficients, list) else [coefficients]
-    asked = coefficients[kinds.index("global_aux_loss")]
-    dp = cfg.parallel.data_parallel_size
-    exact = cfg.moe.moe_global_aux_scale == "exact"
-    effective = asked if exact else asked / dp
-    return (
-        f"global_aux_loss coefficient {asked:g}, effective {effective:g}"
-        f" (--moe-global-aux-scale {cfg.moe.moe_global_aux_scale}, dp {dp})"
-    )
-
-
 def announce(run: Run, device: Device, vocabulary: Vocabulary, where: RunDirectory) -> None:
     """What is about to run, in a few lines on rank 0."""
     cfg, say = run.cfg, run.observers.say
@@ -129,8 +121,7 @@ def announce(run: Run, device: Device, vocabulary: Vocabulary, where: RunDirecto
     say(format_grid(layout_of(cfg.parallel)))
     say(f"run directory {where.root}, device {device.kind}, collectives {device.backend}")
     say(f"vocabulary {vocabulary.size} tokens, padded to {vocabulary.padded}")
-    line = _aux_line(cfg)
-    if line:
+    for line in loss_lines(cfg):
         say(line)
     if run.state.progress.step:
         say(f"resumed at step {run.state.progress.step} from {where.load}")

@@ -1,7 +1,8 @@
 """One optimizer step: forward and backward of all micro-batches, the sums over ranks, the update.
 
-    micro-batches -> megatron-core's schedule (1F1B, interleaved) -> loss per token -> gradients in DDP's buffers
-    -> finalize (reduce over dp, tp, tied embeddings) -> StepSums (one all-reduce) -> optimizer -> scheduler
+micro-batches -> megatron-core's schedule (1F1B, interleaved) -> loss per token
+-> gradients in DDP's buffers -> finalize (reduce over dp, tp, tied embeddings)
+-> sums over ranks (one all-reduce) -> optimizer -> scheduler
 """
 
 from __future__ import annotations
@@ -46,10 +47,12 @@ def to_device(batch, device: torch.device):
 
 
 def language_model_loss(loss_mask_BS: Tensor, loss_BS: Tensor):
-    """(sum over the unmasked tokens, their number, what the log wants of both), as megatron-core's schedules expect.
+    """(sum over the unmasked tokens, their number, what the log wants of both), as megatron-core's
+    schedules expect.
 
-    Reduced nowhere: the schedule divides by the tokens of this micro-batch and by the number of micro-batches, DDP
-    averages over dp x cp. Clones, because the schedule scales the first tensor in place.
+    Reduced nowhere: the schedule divides by the tokens of this micro-batch and by the number of
+    micro-batches, DDP averages over dp x cp. Clones, because the schedule scales the first tensor
+    in place.
     """
     mask = loss_mask_BS.view(-1).float()
     total = torch.sum(loss_BS.view(-1).float() * mask)
@@ -59,7 +62,9 @@ def language_model_loss(loss_mask_BS: Tensor, loss_BS: Tensor):
 
 
 def forward_step(batches: Iterator, model: nn.Module, *_):
-    """Run one micro-batch through one model chunk -> (output, function of the output that gives the loss)."""
+    """Run one micro-batch through one model chunk -> (output, function of the output that gives the
+    loss).
+    """
     batch = next(batches)
     output = model(
         input_ids=batch.tokens_BS,
@@ -94,7 +99,9 @@ def run_schedule(
     micro_batch_size: int,
     forward_only: bool,
 ) -> list[Tensor]:
-    """Every micro-batch through every chunk in megatron-core's order; the reports of the last pipeline stage."""
+    """Every micro-batch through every chunk in megatron-core's order; the reports of the last
+    pipeline stage.
+    """
     schedule = get_forward_backward_func()
     iterators = [iter(micro_batches) for _ in chunks]
     return schedule(
@@ -110,8 +117,10 @@ def run_schedule(
 
 
 def sum_over_ranks(reports: Sequence[Tensor], *extra: float) -> list[float]:
-    """[loss sum, tokens, *extra] summed over all ranks: each of the tp copies of the last stage counts in both of the
-    first two, so that their ratio is the mean; other stages add nothing there."""
+    """[loss sum, tokens, *extra] summed over all ranks: each of the tp copies of the last stage
+    counts in both of the first two, so that their ratio is the mean; other stages add nothing
+    there.
+    """
     local = torch.zeros(2 + len(extra), dtype=torch.float64, device=current_device())
     if reports:
         local[:2] = torch.stack(list(reports)).sum(dim=0)
@@ -137,8 +146,8 @@ def _check_finite(name: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         raise NumericError(
             f"{name} is {value} at step {step}",
-            do="resume from the last checkpoint with a lower --lr or --clip-grad, or look at the data of this step"
-            " (--no-check-for-nan-in-loss-and-grad trains on)",
+            do="resume from the last checkpoint with a lower --lr or --clip-grad, or look at the"
+            " data of this step (--no-check-for-nan-in-loss-and-grad trains on)",
         )
 
 
@@ -151,10 +160,11 @@ def train_step(
     check_finite: bool,
     stop_requested: Callable[[], bool],
 ) -> StepResult:
-    """One update of all weights of `state` (chunks, optimizer, scheduler) from this rank's micro-batches.
+    """One update of all weights of `state` (chunks, optimizer, scheduler) from this rank's
+    micro-batches.
 
-    Raises NumericError on every rank alike where the loss or the gradient norm is not finite. fp16 steps whose scaled
-    gradients overflow are skipped, not an error.
+    Raises NumericError on every rank alike where the loss or the gradient norm is not finite. fp16
+    steps whose scaled gradients overflow are skipped, not an error.
     """
     chunks, optimizer = state.chunks, state.optimizer
     config = chunks[0].config

@@ -10,7 +10,9 @@ from megatron_ext.errors import ConfigError
 
 
 class StopRequest:
-    """True once this rank was asked to stop; the loop adds all ranks' answers up, so that they stop together."""
+    """True once this rank was asked to stop; the loop adds all ranks' answers up, so that they stop
+    together.
+    """
 
     def __init__(self, train) -> None:
         self.by_signal: str | None = None

@@ -40,7 +40,10 @@ def test_split_sizes_are_numbers():
         "print(type(f(torch.tensor([1, 2]), as_numpy=True)).__name__)"
     )
     assert stock == "Tensor"
-    assert moe_utils.maybe_move_tensor_to_cpu(torch.tensor([1, 2]), as_numpy=True).tolist() == [1, 2]
+    assert moe_utils.maybe_move_tensor_to_cpu(torch.tensor([1, 2]), as_numpy=True).tolist() == [
+        1,
+        2,
+    ]
 
 
 def test_forked_random_state_is_restored():

@@ -29,7 +29,9 @@ def test_rewrite(stock, lifted):
 
 
 def test_the_import_comes_after_docstring_and_future():
-    body = lift.rewrite('"""doc"""\nfrom __future__ import annotations\nx = torch.cuda.Stream()').body
+    body = lift.rewrite(
+        '"""doc"""\nfrom __future__ import annotations\nx = torch.cuda.Stream()'
+    ).body
     assert isinstance(body[0].value, ast.Constant)
     assert body[1].module == "__future__"
     assert isinstance(body[2], ast.Import)
@@ -49,7 +51,8 @@ from megatron.core import parallel_state as ps
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core import ModelParallelConfig
-torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+store = torch.distributed.HashStore()
+torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
 ps.initialize_model_parallel()
 try:
     model_parallel_cuda_manual_seed(1)
@@ -63,7 +66,7 @@ except (RuntimeError, AssertionError) as error:
 
 def test_rewritten_bytecode_has_its_own_cache_name(tmp_path):
     """Python's own .pyc of megatron-core is never the rewritten one."""
-    import megatron.core.tensor_parallel.layers as layers
+    from megatron.core.tensor_parallel import layers
 
     assert type(layers.__spec__.loader).__name__ == "_CpuLoader"
     assert not layers.__spec__.cached or "opt-cpu" not in layers.__spec__.cached
@@ -71,7 +74,10 @@ def test_rewritten_bytecode_has_its_own_cache_name(tmp_path):
 
 def test_jit_fuser_is_off_on_a_cpu():
     """Stock: torch.compile on every fused function, so that a run needs a C++ compiler."""
-    code = "import warnings; warnings.simplefilter('ignore'); from megatron.core import jit; print(jit.jit_fuser.__name__)"
+    code = (
+        "import warnings; warnings.simplefilter('ignore');"
+        "from megatron.core import jit; print(jit.jit_fuser.__name__)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "compile"
     from megatron.core import jit

@@ -71,7 +71,8 @@ def test_equals_explicit_softmax(case, num_groups):
     if isinstance(attention.softmax_offset, torch.nn.Parameter):
         inputs.append(attention.softmax_offset)
     for a, b in zip(
-        torch.autograd.grad(got.cos().sum(), inputs), torch.autograd.grad(expected.cos().sum(), inputs)
+        torch.autograd.grad(got.cos().sum(), inputs),
+        torch.autograd.grad(expected.cos().sum(), inputs),
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

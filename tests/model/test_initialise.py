@@ -26,7 +26,9 @@ def test_any_cut_of_a_matrix_is_the_same(cuts):
 
 
 def test_experts_and_layers_are_leading_indices():
-    """Global [layers 3, experts 4, gates 2, F 6, H 5]; a rank holds layer 2, experts 1-2, columns F 3-5."""
+    """Global [layers 3, experts 4, gates 2, F 6, H 5]; a rank holds layer 2, experts 1-2, columns F
+    3-5.
+    """
     shape = (3, 4, 2, 6, 5)
     whole = _whole(shape)
     piece = torch.empty(2, 2, 3, 5)

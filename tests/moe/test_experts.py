@@ -26,7 +26,9 @@ def test_grouped_linear_equals_the_loop(counts, dtype):
     w = torch.randn(4, 24, 16, dtype=dtype, requires_grad=True)
     got = grouped_linear(x, w, counts_e.cumsum(0).to(torch.int32))
     expected = reference_grouped_linear(x, w, counts_e)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    )
     torch.testing.assert_close(got, expected, **tolerance)
     upstream = torch.randn_like(got)
     grads = [torch.autograd.grad(out, [x, w], upstream) for out in (got, expected)]
@@ -124,7 +126,9 @@ def test_experts_equal_the_textbook(counts, changes):
 
 
 def _stock_allreduce_flag():
-    """What stock megatron-core marks expert weights with at tp2 etp1 ep1, and what ours are marked with."""
+    """What stock megatron-core marks expert weights with at tp2 etp1 ep1, and what ours are marked
+    with.
+    """
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -158,7 +162,9 @@ def _stock_allreduce_flag():
 
 
 def test_expert_gradients_go_to_the_expert_group():
-    """At tp2 etp1 ep1 the expert data-parallel group has 2 ranks, the dense one 1: stock reduces over the wrong one."""
+    """At tp2 etp1 ep1 the expert data-parallel group has 2 ranks, the dense one 1: stock reduces
+    over the wrong one.
+    """
     for stock, ours, edp, dp in run_ranks(_stock_allreduce_flag, 2):
         assert (edp, dp) == (2, 1)
         assert stock is True, "upstream has changed: this correction may go"

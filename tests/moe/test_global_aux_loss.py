@@ -1,4 +1,6 @@
-"""The global-batch load-balancing loss has the strength of its coefficient at every dp (stock: 1/dp of it)."""
+"""The global-batch load-balancing loss has the strength of its coefficient at every dp (stock: 1/dp
+of it).
+"""
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ GLOBAL = ["--moe-router-load-balancing-type", "global_aux_loss", "--moe-aux-loss
 
 
 def _router_gradient(flags: list[str]):
-    """The gradient of all routers after one micro-batch and its reduction over ranks, as numpy (a pipe carries it)."""
+    """The gradient of all routers after one micro-batch and its reduction over ranks, as numpy (a
+    pipe carries it).
+    """
     from megatron_ext.config import parse
     from megatron_ext.device import current_device, start
     from megatron_ext.mesh.groups import process_groups
@@ -31,8 +35,9 @@ def _router_gradient(flags: list[str]):
 
 
 def _batch(cfg):
-    from data.loader import TokenBatch
     from megatron.core import parallel_state
+
+    from data.loader import TokenBatch
 
     tokens = torch.randint(0, 250, (8, 65), generator=torch.Generator().manual_seed(3))
     size, rank = cfg.train.micro_batch_size, parallel_state.get_data_parallel_rank()
@@ -53,7 +58,9 @@ def _balance_gradient(world_size: int, extra: list[str]) -> torch.Tensor:
     size = ["--micro-batch-size", str(8 // world_size)]
     none = ["--moe-router-load-balancing-type", "none"]
     with_loss = run_ranks(_router_gradient, world_size, [*size, *GLOBAL, *extra])[0]
-    without = run_ranks(_router_gradient, world_size, [*size, *none, "--moe-aux-loss-coeff", "0", *extra])[0]
+    without = run_ranks(
+        _router_gradient, world_size, [*size, *none, "--moe-aux-loss-coeff", "0", *extra]
+    )[0]
     return torch.from_numpy(with_loss - without)
 
 

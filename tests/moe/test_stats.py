@@ -9,7 +9,10 @@ from megatron_ext.moe.stats import LOSS_NAMES, RoutingRecord, Tally, table_to_re
 
 def test_tally_counts_micro_batches_and_averages_losses():
     tally = Tally(3)
-    maps = [torch.tensor([[1, 1, 0], [1, 0, 1]]).bool(), torch.tensor([[0, 1, 1], [0, 1, 0]]).bool()]
+    maps = [
+        torch.tensor([[1, 1, 0], [1, 0, 1]]).bool(),
+        torch.tensor([[0, 1, 1], [0, 1, 0]]).bool(),
+    ]
     for i, routing_map in enumerate(maps):
         tally.add_routing(routing_map, 4)
         tally.add_loss("z_loss", torch.tensor(float(i + 1)))

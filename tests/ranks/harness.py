@@ -1,9 +1,11 @@
-"""Run a function on several gloo ranks, forked from this process so that nobody imports torch again.
+"""Run a function on several gloo ranks, forked from this process so that nobody imports torch
+again.
 
-    losses = run_ranks(train_a_little, 4, {"tp": 2})      # [result of rank 0, ..., result of rank 3]
+    losses = run_ranks(train_a_little, 4, {"tp": 2})   # [result of rank 0, ..., of rank 3]
 
-Each rank has torchrun's environment variables, one thread, and megatron-core lifted to the CPU. A rank that raises
-fails the test with its traceback; a rank that hangs is killed after `timeout_s` and named.
+Each rank has torchrun's environment variables, one thread, and megatron-core lifted to the CPU. A
+rank that raises fails the test with its traceback; a rank that hangs is killed after `timeout_s`
+and named.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 _FORK = multiprocessing.get_context("fork")
 
 
-class RanksFailed(AssertionError):
+class RanksFailedError(AssertionError):
     """Some ranks raised, exited or hung; the text names them."""
 
 
@@ -34,7 +36,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank_main(function: Callable, rank: int, world_size: int, port: int, args: tuple, pipe: Connection) -> None:
+def _rank_main(
+    function: Callable, rank: int, world_size: int, port: int, args: tuple, pipe: Connection
+) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -77,10 +81,11 @@ def start_ranks(function: Callable, world_size: int, *args: Any):
 
 
 def run_ranks(function: Callable, world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
-    """Call `function(*args)` on `world_size` ranks; their results in rank order. Raises RanksFailed.
+    """Call `function(*args)` on `world_size` ranks; their results in rank order. Raises
+    RanksFailedError.
 
-    Results travel through a pipe: return numbers, lists or numpy arrays, not tensors (they would share memory with a
-    process that is gone).
+    Results travel through a pipe: return numbers, lists or numpy arrays, not tensors (they would
+    share memory with a process that is gone).
     """
     processes, pipes = start_ranks(function, world_size, *args)
     deadline = time.monotonic() + timeout_s
@@ -106,12 +111,16 @@ def run_ranks(function: Callable, world_size: int, *args: Any, timeout_s: float 
                 process.kill()
             process.join()
     if failures:
-        raise RanksFailed("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
+        raise RanksFailedError(
+            "\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items()))
+        )
     return [results[rank] for rank in range(world_size)]
 
 
-def exit_codes(function: Callable, world_size: int, *args: Any, timeout_s: float = 120) -> list[int | None]:
-    """The exit code of each rank that runs `function(*args)`; None for one that had to be killed."""
+def exit_codes(
+    function: Callable, world_size: int, *args: Any, timeout_s: float = 120
+) -> list[int | None]:
+    """The exit code of each rank of `function(*args)`; None for one that had to be killed."""
     processes, _ = start_ranks(function, world_size, *args)
     deadline = time.monotonic() + timeout_s
     for process in processes:

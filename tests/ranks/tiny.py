@@ -7,13 +7,15 @@ from pathlib import Path
 
 TINY = """
 --num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2
---ffn-hidden-size 128 --moe-ffn-hidden-size 96 --num-experts 8 --moe-router-topk 2 --moe-grouped-gemm
+--ffn-hidden-size 128 --moe-ffn-hidden-size 96 --num-experts 8 --moe-router-topk 2
 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 1e-3
 --moe-token-dispatcher-type alltoall --normalization RMSNorm --swiglu --disable-bias-linear
---position-embedding-type rope --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+--position-embedding-type rope --untie-embeddings-and-output-weights --moe-grouped-gemm
+--hidden-dropout 0 --attention-dropout 0
 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 8
 --train-iters 5 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --clip-grad 1.0 --weight-decay 0.1
---mock-data --tokenizer-type NullTokenizer --vocab-size 250 --eval-iters 0 --log-interval 1 --device cpu
+--mock-data --tokenizer-type NullTokenizer --vocab-size 250 --eval-iters 0 --log-interval 1
+--device cpu
 """.split()
 
 

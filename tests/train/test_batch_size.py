@@ -11,7 +11,8 @@ def test_constant():
 
 
 @pytest.mark.parametrize(
-    ("consumed", "size"), [(0, 16), (99, 16), (100, 24), (299, 32), (300, 40), (399, 40), (400, 48), (10**9, 48)]
+    ("consumed", "size"),
+    [(0, 16), (99, 16), (100, 24), (299, 32), (300, 40), (399, 40), (400, 48), (10**9, 48)],
 )
 def test_ramp(consumed, size):
     assert global_batch_size(consumed, 48, [16, 8, 400]) == size

@@ -1,7 +1,8 @@
 """Every layout is the same training: 20 steps of the same tiny model, against one rank.
 
-The weights start bit for bit equal (initialisation does not depend on the layout) and every run reads the same samples,
-so the loss curves, the gradient norms and the routing agree to rounding: 1e-5 relative for losses.
+The weights start bit for bit equal (initialisation does not depend on the layout) and every run
+reads the same samples, so the loss curves, the gradient norms and the routing agree to rounding:
+1e-5 relative for losses.
 """
 
 import pytest
@@ -72,7 +73,7 @@ def test_the_model_learns(one_rank):
 
 
 def test_pipeline_layouts_are_exact(one_rank, tmp_path):
-    """Moving layers to other ranks changes no arithmetic but the order of the gradient norm's sum."""
+    """Moving layers to other ranks changes no arithmetic but the order of the norm's sum."""
     got = _train(tmp_path, *LAYOUTS["pp2-vpp2"])
     assert got["lm_loss"][0] == one_rank["lm_loss"][0]
     assert _largest_difference(got["lm_loss"], one_rank["lm_loss"]) < 1e-6

@@ -88,8 +88,7 @@ VARIANTS = {
     "pipeline layout": ("", PP2 + " --pipeline-model-parallel-layout Et|tttL"),
     "embedding and loss count as layers": (
         "",
-        PP2
-        + " --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
+        PP2 + " --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
     ),
     "tp order before dp": ("", PP2 + " --use-tp-pp-dp-mapping"),
     "per-token loss": ("--calculate-per-token-loss --eod-mask-loss", TP2),
