@@ -68,8 +68,8 @@ def check_space(path: Path, num_bytes: int) -> None:
         )
 
 
-def sync_folder(path: Path) -> None:
-    """Make renames and new names in a folder survive a power cut."""
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,7 +85,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def begin(directory: Path, step: int) -> Path:
@@ -103,6 +103,8 @@ def finish(writing: Path, directory: Path, record: dict[str, Any]) -> Path:
     first and deleted last.
     """
     files = sorted(writing.iterdir())
+    for file in files:
+        sync(file)
     record["files"] = {file.name: {"bytes": file.stat().st_size} for file in files}
     write_atomically(writing / RECORD, json.dumps(record, indent=1))
     final = directory / step_name(record["step"])
@@ -111,7 +113,7 @@ def finish(writing: Path, directory: Path, record: dict[str, Any]) -> Path:
         replaced = directory / f".replaced_{final.name}_{uuid.uuid4().hex[:8]}"
         os.rename(final, replaced)
     os.rename(writing, final)
-    sync_folder(directory)
+    sync(directory)
     write_atomically(directory / LATEST, final.name + "\n")
     write_atomically(directory / MEGATRON_LATEST, f"{record['step']}\n")
     if replaced is not None:

@@ -114,7 +114,7 @@ def set_step(optimizer: MegatronOptimizer | None, step: int) -> None:
         if _is_torch_adam(leaf):
             for state in leaf.optimizer.state.values():
                 state["step"] = torch.tensor(float(step), dtype=torch.float32)
-        else:
+        elif leaf.config.optimizer == "adam":  # SGD counts nothing
             for group in leaf.optimizer.param_groups:
                 group["step"] = step
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from megatron_ext.checkpoint import rng, shards
 from megatron_ext.device import current_device
 from megatron_ext.errors import ConfigError
+from megatron_ext.model.initialise import sharding_metadata
 
 RNG_PREFIX = "rng."
 
@@ -81,10 +82,7 @@ def sharded_model(chunks: list[nn.Module]) -> list[dict[str, Any]]:
     """One sharded state dict a chunk. Layers get their own names (not rows of stacked tensors), so
     each is visible.
     """
-    metadata = {
-        "non_homogeneous_layers": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    metadata = sharding_metadata()
     states = [unwrap(chunk).sharded_state_dict(metadata=metadata) for chunk in chunks]
     return [{k: v for k, v in one.items() if not _is_empty_object(v)} for one in states]
 

@@ -65,7 +65,7 @@ class SmallRun:
         """One optimizer step; its loss, equal on all ranks."""
         state, dp = self.state, parallel_state.get_data_parallel_world_size()
         generator = torch.Generator().manual_seed(state.progress.step)
-        tokens = torch.randint(0, 128, (GLOBAL, SEQUENCE + 1), generator=generator)
+        tokens = torch.randint(0, 120, (GLOBAL, SEQUENCE + 1), generator=generator)
         mine = tokens.view(-1, dp, MICRO, SEQUENCE + 1)[:, parallel_state.get_data_parallel_rank()]
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
@@ -117,9 +117,9 @@ class SmallRun:
         marks.update({f"rng.{name}": digest(stream) for name, stream in rng.capture().items()})
         return marks
 
-    def gathered(self) -> dict[str, str]:
+    def gathered(self, true_vocab: int | None = None) -> dict[str, str]:
         """Hash of every whole tensor of the run, assembled from all ranks: weights, buffers,
-        optimizer states.
+        optimizer states; of vocabulary tables only the first `true_vocab` rows.
         """
         model = parts.sharded_model(self.state.chunks)
         states, _ = parts.sharded_optimizer(self.state.optimizer, model)
@@ -141,6 +141,9 @@ class SmallRun:
             target = whole.setdefault(key, torch.full(shape, float("nan"), dtype=data.dtype))
             target[tuple(slice(o, o + s) for o, s in zip(offset, data.shape))] = data
         assert not any(tensor.isnan().any() for tensor in whole.values())
+        for key in whole:
+            if key.endswith(("word_embeddings.weight", "output_layer.weight")):
+                whole[key] = whole[key][:true_vocab]
         return {key: digest(tensor) for key, tensor in whole.items()}
 
 

@@ -49,6 +49,26 @@ def test_whole_tensors_are_equal(name, tmp_path):
     assert progress.step == 3 and progress.consumed_samples == 24
 
 
+def _tables(flags, folder, is_first):
+    with small_run(f"--vocab-size 126 {flags}") as run:
+        with checkpointer(folder if is_first else None, None if is_first else folder) as keeper:
+            if is_first:
+                run.steps(2)
+                keeper.save(run.state)
+            else:
+                assert keeper.load(run.state)
+            return run.gathered(true_vocab=126)
+
+
+def test_the_padding_of_the_vocabulary_may_change(tmp_path):
+    """126 tokens: 126 rows on one rank, 128 on tp 2 with --make-vocab-size-divisible-by 64."""
+    padded = f"{TP2} {DIST} --make-vocab-size-divisible-by 64"
+    saved = run_ranks(_tables, 2, padded, tmp_path / "a", True)[0]
+    assert run_ranks(_tables, 1, "", tmp_path / "a", False)[0] == saved
+    saved = run_ranks(_tables, 1, "", tmp_path / "b", True)[0]
+    assert run_ranks(_tables, 2, padded, tmp_path / "b", False)[0] == saved
+
+
 def test_every_layer_and_the_expert_bias_are_named(tmp_path):
     names = run_ranks(_save, 1, "", tmp_path / "ckpt")[0]
     for layer in range(4):
