@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_ext.device import Device
-from megatron_ext.errors import RendezvousError
+from megatron_ext.errors import ConfigError, RendezvousError
 
 
 def _read_environment() -> tuple[int, int]:
@@ -52,6 +52,15 @@ def _start_process_group(device: Device, timeout: datetime.timedelta) -> None:
         ) from error
 
 
+def _check_world_size(asked: int) -> None:
+    started = torch.distributed.get_world_size()
+    if asked != started:
+        raise ConfigError(
+            f"--world-size {asked}, but {started} ranks were started",
+            do=f"leave it out, or start {asked} ranks: torchrun --nproc-per-node {asked} ...",
+        )
+
+
 @contextlib.contextmanager
 def process_groups(parallel, device: Device, seed: int) -> Iterator[None]:
     """The groups of `parallel` (cfg.parallel) on all ranks; destroyed on the way out, also after an
@@ -66,6 +75,7 @@ def process_groups(parallel, device: Device, seed: int) -> Iterator[None]:
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
     _start_process_group(device, timeout)
     try:
+        _check_world_size(parallel.world_size)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

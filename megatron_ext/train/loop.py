@@ -69,6 +69,7 @@ def _record(
         "consumed_samples": progress.consumed_samples,
         "consumed_tokens": progress.consumed_tokens,
         "lm_loss": result.lm_loss,
+        **({} if result.mtp_loss is None else {"mtp_loss": result.mtp_loss}),
         **routing_values(result.routing),
         "grad_norm": result.grad_norm,
         "learning_rate": groups[0].get("lr", 0.0),

@@ -16,6 +16,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor, nn
 
 from megatron_ext.device import current_device
@@ -28,6 +29,7 @@ class StepResult:
     """What one step was; identical on all ranks."""
 
     lm_loss: float
+    mtp_loss: float | None
     num_tokens: int
     grad_norm: float
     num_zeros_in_grad: int | None
@@ -142,6 +144,22 @@ def _collect_routing(chunks: Sequence[nn.Module], config) -> RoutingRecord | Non
     )
 
 
+def _take_mtp_loss(num_micro_batches: int) -> float:
+    """Mean over micro-batches and depths of the multi-token-prediction loss on this rank, 0 where it
+    has none; clears megatron-core's tracker, which otherwise grows for ever."""
+    values = MTPLossLoggingHelper.tracker.get("values")
+    if values is None:
+        return 0.0
+    mean = float(values.mean()) / num_micro_batches
+    MTPLossLoggingHelper.clean_loss_in_tracker()
+    return mean
+
+
+def _num_last_stage_ranks() -> int:
+    pp = parallel_state.get_pipeline_model_parallel_world_size()
+    return torch.distributed.get_world_size() // pp
+
+
 def _check_finite(name: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         raise NumericError(
@@ -178,7 +196,8 @@ def train_step(
         micro_batch_size=micro_batch_size,
         forward_only=False,
     )
-    total, count, stops = sum_over_ranks(reports, float(stop_requested()))
+    mtp = _take_mtp_loss(len(micro_batches)) if config.mtp_num_layers else 0.0
+    total, count, stops, mtp = sum_over_ranks(reports, float(stop_requested()), mtp)
     loss = total / max(count, 1.0)
     tp = parallel_state.get_tensor_model_parallel_world_size()
     routing = _collect_routing(chunks, config)
@@ -190,6 +209,7 @@ def train_step(
         _check_finite("gradient norm", float(grad_norm), step)
     return StepResult(
         lm_loss=loss,
+        mtp_loss=mtp / _num_last_stage_ranks() if config.mtp_num_layers else None,
         num_tokens=round(count / tp),
         grad_norm=float(grad_norm or 0.0),
         num_zeros_in_grad=None if num_zeros is None else int(num_zeros),

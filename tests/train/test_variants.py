@@ -127,7 +127,7 @@ def _flags(text: str, samples: bool) -> list[str]:
 
 def _curve(run_dir, world_size: int, flags: list[str]) -> dict[str, list[float]]:
     run_ranks(pretrain, world_size, [*flags, "--run-dir", str(run_dir)])
-    return {key: read_metrics(run_dir, key) for key in ("lm_loss", "grad_norm")}
+    return {key: read_metrics(run_dir, key) for key in ("lm_loss", "grad_norm", "mtp_loss")}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -137,5 +137,7 @@ def test_variant(name, tmp_path):
     one = _curve(tmp_path / "one", 1, base)
     two = _curve(tmp_path / "two", 2, [*base, *layout.split()])
     assert len(one["lm_loss"]) >= STEPS and all(map(math.isfinite, one["lm_loss"]))
+    assert two["mtp_loss"] == pytest.approx(one["mtp_loss"], rel=1e-5)
+    assert bool(one["mtp_loss"]) == ("--mtp-num-layers" in flags)
     for key, tolerance in (("lm_loss", 1e-5), ("grad_norm", 1e-4)):
         assert two[key] == pytest.approx(one[key], rel=tolerance), key
