@@ -69,6 +69,10 @@ def log_to_file(where: RunDirectory, rank: int, level: int | None) -> None:
     """
     handler = logging.FileHandler(where.root / "logs" / f"rank_{rank:05d}.log", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s level=%(levelname)s %(name)s: %(message)s"))
+    console = logging.StreamHandler()  # our own warnings are for the user, on whichever rank
+    console.setLevel(logging.WARNING)
+    console.setFormatter(logging.Formatter(f"%(levelname)s rank={rank} %(message)s"))
+    logging.getLogger("megatron_ext").handlers = [console]
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO if level is None else level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -56,9 +57,7 @@ def num_samples(train, num_steps: int) -> tuple[int, int, int]:
     return training, evaluation, evaluation
 
 
-def _record(
-    run: Run, result: StepResult, seconds: float, batch: int, skipped: int
-) -> dict[str, Any]:
+def _record(run: Run, result: StepResult, seconds: float, batch: int) -> dict[str, Any]:
     """One line of metrics.jsonl."""
     state, progress = run.state, run.state.progress
     tokens_per_s = result.num_tokens / seconds
@@ -79,8 +78,8 @@ def _record(
         "model_tflop_per_s_per_rank": flops / 1e12 / torch.distributed.get_world_size(),
         "loss_scale": float(state.optimizer.get_loss_scale()),
         "num_zeros": result.num_zeros_in_grad,
-        "num_skipped": skipped,
-        "num_nan": 0,
+        "num_skipped": progress.skipped_steps,
+        "num_nan": int(math.isnan(result.lm_loss)),
     }
 
 
@@ -105,9 +104,7 @@ def _evaluate(run: Run, split: str) -> None:
     )
 
 
-def _take_step(
-    run: Run, batches: MicroBatches, stop: StopRequest, skipped: int
-) -> tuple[StepResult, int]:
+def _take_step(run: Run, batches: MicroBatches, stop: StopRequest) -> StepResult:
     """Read one global batch, train on it, move the counters, show the record."""
     train, model, progress = run.cfg.train, run.cfg.model, run.state.progress
     dp = parallel_state.get_data_parallel_world_size()
@@ -135,9 +132,9 @@ def _take_step(
     progress.step += 1
     progress.consumed_samples += batch
     progress.consumed_tokens += batch * model.seq_length
-    skipped += result.was_skipped
-    run.observers.step(_record(run, result, seconds, batch, skipped), result.routing)
-    return result, skipped
+    progress.skipped_steps += result.was_skipped
+    run.observers.step(_record(run, result, seconds, batch), result.routing)
+    return result
 
 
 def _is_multiple(step: int, interval: int | None) -> bool:
@@ -166,10 +163,10 @@ def train(run: Run) -> str:
     )
     if cfg.train.manual_gc:
         gc.disable()
-    reason, saved_step, skipped = "finished", progress.step, 0
+    reason, saved_step = "finished", progress.step
     try:
         while progress.step < num_steps:
-            result, skipped = _take_step(run, batches, stop, skipped)
+            result = _take_step(run, batches, stop)
             step = progress.step
             run.checkpointer.poll()
             if _is_multiple(step, cfg.train.eval_interval) and step < num_steps:
