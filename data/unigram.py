@@ -24,7 +24,7 @@ from data.blend import parse_blend
 from data.command import CommandLine
 from data.indexed import IndexedFile
 from data.pack import split_ranges
-from data.storage import write_json
+from data.storage import make_folder, write_json
 from data.tokenizer import add_tokenizer_flags, tokenizer_of
 from megatron_ext.errors import ConfigError, DataError, exit_on_fatal
 
@@ -119,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``python -m data.unigram``."""
     args = parser().parse_args(argv)
     found = measure(args.data_path, args.split, tokenizer_of(args))
+    make_folder(args.out.absolute().parent)
     write_json(args.out, found)
     print(
         f"{args.out} bits_per_byte={found['bits_per_byte']:.4f}"

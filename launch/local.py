@@ -2,15 +2,18 @@
 
     python launch/local.py 4 --config configs/quickstart.yaml --train-iters 20
 
-1. `pretrain_moe.py --dry-run` checks the flags once, without torch: a mistake is one FATAL line and exit code 64.
+1. `pretrain_moe.py --dry-run` checks the flags once, without torch: a mistake is one FATAL line
+   and exit code 64.
 2. Each rank gets torchrun's environment variables and a process group of its own.
-3. When one rank fails the others are stopped. The exit code is that of the rank that failed first (128 + n for
-   signal n), so the codes of megatron_ext/errors.py reach the caller.
+3. When one rank fails the others are stopped. The exit code is that of the rank that failed first
+   (128 + n for signal n), so the codes of megatron_ext/errors.py reach the caller.
 
-SIGTERM and Ctrl-C reach the ranks as SIGTERM (with --exit-signal-handler they save and stop), SIGUSR1 and SIGUSR2 as
-themselves; a second Ctrl-C kills. If this process is killed the kernel kills the ranks.
+SIGTERM and Ctrl-C reach the ranks as SIGTERM (with --exit-signal-handler they save and stop),
+SIGUSR1 and SIGUSR2 as themselves; a second Ctrl-C kills. Where this process is killed, the kernel
+kills the ranks.
 
-torchrun does the same over many machines; its own traceback after a failed rank is why this file exists.
+torchrun does the same over many machines; its own traceback after a failed rank is why this file
+exists.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ WITHOUT_RANKS = ("--help", "-h", "--print-config", "--dry-run")
 FATAL_CODES = range(64, 80)
 USAGE = 64
 GRACE_S = 10
-"""How long the other ranks may go on after a rank ended with a FATAL code: they are about to end by themselves."""
+"""How long the others may go on after a rank ended with a FATAL code: they end by themselves."""
 PORTS = range(20_000, 32_000)
-"""Below Linux's ephemeral ports, so that no outgoing connection takes the port before rank 0 listens on it."""
+"""Below Linux's ephemeral ports: no outgoing connection takes one before rank 0 listens on it."""
 PR_SET_PDEATHSIG = 1
 FORWARDED = {
     signal.SIGINT: signal.SIGTERM,
@@ -56,7 +59,7 @@ def free_port() -> int:
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """torchrun's variables for one rank; one thread a rank unless OMP_NUM_THREADS says otherwise."""
+    """torchrun's variables for one rank, and one thread where OMP_NUM_THREADS says nothing."""
     defaults = {
         "OMP_NUM_THREADS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -74,9 +77,9 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def check(world_size: int, flags: list[str]) -> int:
+def check(flags: list[str]) -> int:
     """The exit code of a dry run with these flags; its FATAL lines go to stderr."""
-    command = [sys.executable, str(PROGRAM), *flags, "--dry-run", "--world-size", str(world_size)]
+    command = [sys.executable, str(PROGRAM), *flags, "--dry-run"]
     return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
 
 
@@ -181,7 +184,8 @@ def main(argv: list[str]) -> int:
         return subprocess.run(
             [sys.executable, str(PROGRAM), *flags], env=environment, check=False
         ).returncode
-    code = check(world_size, flags)
+    flags = [*flags, "--world-size", str(world_size)]  # RUN/config.yaml may name another number
+    code = check(flags)
     if code:
         return code
     ranks = Ranks(world_size, flags)

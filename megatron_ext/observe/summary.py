@@ -2,9 +2,12 @@
 
     python -m megatron_ext.observe.summary runs/quickstart
 
-    RUN/config.yaml          -> rank grid                 RUN/expert_load.json     -> load of each layer's experts
-    RUN/metrics.jsonl        -> losses, tokens a second   RUN/data/unigram.json    -> baseline (python -m data.unigram)
-    RUN/checkpoints/latest   -> the step to resume from   RUN/sample.txt           -> what the model wrote
+    RUN/config.yaml         -> rank grid
+    RUN/metrics.jsonl       -> losses, tokens a second
+    RUN/data/unigram.json   -> baseline of the validation loss (python -m data.unigram)
+    RUN/expert_load.json    -> load of each layer's experts
+    RUN/sample.txt          -> what the model wrote
+    RUN/checkpoints         -> the commands to go on
 
 Parts whose file is missing are left out; only config.yaml and metrics.jsonl must be there.
 """
@@ -55,8 +58,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(
-            f"the run's configuration cannot be read: {error}",
+            f"the run's configuration cannot be read: {reason}",
             do="name a run directory, such as runs/quickstart",
             path=path,
         ) from None
