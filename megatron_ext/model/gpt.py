@@ -12,7 +12,7 @@ loss].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -28,6 +28,7 @@ from megatron_ext.device import current_device
 from megatron_ext.errors import ConfigError
 from megatron_ext.model import layers, run_config, vocab
 from megatron_ext.model.initialise import Recorder, initialise
+from megatron_ext.moe.router import RouterOptions
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def _chunk(cfg: RunConfig, config: TransformerConfig, words: Vocabulary, stage: 
     """One GPT chunk: virtual stage `stage`, or the whole pipeline stage where it is None."""
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     place = {"ignore_virtual": False, "vp_stage": stage}
-    spec = {"global_aux_scale": cfg.moe.moe_global_aux_scale, "pp_rank": pp_rank, "vp_stage": stage}
+    options = RouterOptions(**asdict(cfg.moe))
+    spec = {"router": options, "pp_rank": pp_rank, "vp_stage": stage}
     has_mtp = bool(config.mtp_num_layers) and mtp_on_this_rank(
         config, ignore_virtual=False, vp_stage=stage
     )

@@ -41,7 +41,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_ext.model.attention import CoreAttention
 from megatron_ext.model.norm import Norm
 from megatron_ext.moe.experts import GroupedExperts
-from megatron_ext.moe.router import Router
+from megatron_ext.moe.router import Router, RouterOptions
 
 
 class LocalBackend(LocalSpecProvider):
@@ -118,15 +118,13 @@ def _transformer_engine_layer(config, num_experts: int | None) -> ModuleSpec:
     )
 
 
-def layer_spec(config, *, is_moe: bool, global_aux_scale: str) -> ModuleSpec:
+def layer_spec(config, *, is_moe: bool, router: RouterOptions) -> ModuleSpec:
     """The spec of one decoder layer, dense or mixture of experts."""
     use_te = config.transformer_impl == "transformer_engine"
     build = _transformer_engine_layer if use_te else _local_layer
     spec = build(config, config.num_moe_experts if is_moe else None)
     if is_moe:
-        spec.submodules.mlp.submodules.router = functools.partial(
-            Router, global_aux_scale=global_aux_scale
-        )
+        spec.submodules.mlp.submodules.router = functools.partial(Router, options=router)
     return spec
 
 
@@ -142,11 +140,11 @@ def moe_layer_pattern(config) -> list[bool]:
 
 
 def decoder_spec(
-    config, *, global_aux_scale: str, pp_rank: int, vp_stage: int | None
+    config, *, router: RouterOptions, pp_rank: int, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """The specs of the layers that this pipeline rank builds for virtual stage `vp_stage`."""
     specs = {
-        is_moe: layer_spec(config, is_moe=is_moe, global_aux_scale=global_aux_scale)
+        is_moe: layer_spec(config, is_moe=is_moe, router=router)
         for is_moe in set(moe_layer_pattern(config))
     }
     layers = [specs[is_moe] for is_moe in moe_layer_pattern(config)]
@@ -166,16 +164,14 @@ def decoder_spec(
     )
 
 
-def mtp_spec(config, *, global_aux_scale: str, pp_rank: int, vp_stage: int | None):
+def mtp_spec(config, *, router: RouterOptions, pp_rank: int, vp_stage: int | None):
     """The spec of the multi-token-prediction block of this stage, or None (it repeats the last
     decoder layer's kind).
     """
     if not config.mtp_num_layers:
         return None
     use_te = config.transformer_impl == "transformer_engine"
-    layer = layer_spec(
-        config, is_moe=moe_layer_pattern(config)[-1], global_aux_scale=global_aux_scale
-    )
+    layer = layer_spec(config, is_moe=moe_layer_pattern(config)[-1], router=router)
     return get_gpt_mtp_block_spec_for_backend(
         config=config,
         spec=layer,

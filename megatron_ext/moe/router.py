@@ -13,11 +13,21 @@ Global-batch load-balancing loss: Qiu et al. 2025, "Demons in the Detail", arXiv
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
+
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss_func
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    compute_routing_scores_for_aux_loss,
+    get_tokens_per_expert_and_token_count,
+    switch_load_balancing_loss_func,
+    z_loss_func,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_ext.moe.capacity import kept_of_micro_batch
 from megatron_ext.moe.stats import Tally
 
 
@@ -42,24 +52,121 @@ def loss_strength(
     return strength
 
 
+@dataclass(frozen=True)
+class RouterOptions:
+    """What our router is asked beyond megatron-core's config: the fields of MoeSection."""
+
+    moe_global_aux_scale: str = "exact"
+    moe_global_aux_mode: str = "running"
+    moe_capacity_scope: str = "micro-batch"
+
+
 class Router(TopKRouter):
     """TopKRouter with exact loss strengths and a tally; `global_aux_scale` is
     --moe-global-aux-scale.
     """
 
-    def __init__(self, config, pg_collection=None, *, global_aux_scale: str = "exact") -> None:
+    def __init__(self, config, pg_collection=None, *, options: RouterOptions) -> None:
+        self.capacity_factor = None
+        if (
+            options.moe_capacity_scope == "micro-batch"
+            and not config.moe_pad_expert_input_to_capacity
+        ):
+            self.capacity_factor = config.moe_expert_capacity_factor
+            config = copy.copy(config)
+            config.moe_expert_capacity_factor = None  # dropped below, over the whole micro-batch
         super().__init__(config=config, pg_collection=pg_collection)
-        self.exact_global_scale = global_aux_scale == "exact"
+        self.exact_global_scale = options.moe_global_aux_scale == "exact"
+        has_global_loss = self.get_aux_loss_coeff("global_aux_loss") > 0
+        self.wants_exact_counts = options.moe_global_aux_mode == "exact" and has_global_loss
+        self.counted_E: Tensor | None = None
+        self.exact_counts_E: Tensor | None = None
+        self.groups = pg_collection
         self.tally = Tally(config.num_moe_experts)
         self.num_shards = self.tp_cp_group.size()
         self.dp = self.tp_dp_cp_group.size() // self.num_shards
 
+    def begin_counting(self) -> None:
+        """The next forward passes (without gradients) only count; see moe/global_counts.py."""
+        self.counted_E = torch.zeros(self.num_experts, device=self.weight.device)
+
+    def end_counting(self, exact_counts_E: Tensor | None) -> None:
+        """Use these counts per micro-batch of the global batch (None: the running ones)."""
+        self.counted_E = None
+        self.exact_counts_E = exact_counts_E
+
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None):
         """logits [S, B, E] -> probabilities and map, both [S*B, E]."""
+        if self.counted_E is not None:
+            self._count(logits, padding_mask)
         probs, routing_map = super().routing(logits, padding_mask=padding_mask)
+        num_routed = routing_map.shape[0] * self.topk
+        if self.capacity_factor is not None:
+            probs, routing_map = self._drop(probs, routing_map, batch=logits.shape[1])
+            super()._apply_expert_bias(routing_map, padding_mask=padding_mask)
         if self.training and torch.is_grad_enabled():
-            self.tally.add_routing(routing_map, routing_map.shape[0] * self.topk)
+            self.tally.add_routing(routing_map, num_routed)
         return probs, routing_map
+
+    def _count(self, logits: Tensor, padding_mask: Tensor | None) -> None:
+        """Add this rank's choices, as the balance loss counts them (top-k of the scores)."""
+        mask = None if padding_mask is None else padding_mask.reshape(-1)
+        chosen, _ = compute_routing_scores_for_aux_loss(
+            logits.view(-1, self.num_experts), self.topk, self.score_function, padding_mask=mask
+        )
+        self.counted_E += chosen.sum(dim=0)
+
+    def _drop(self, probs: Tensor, routing_map: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        keep = kept_of_micro_batch(
+            probs,
+            routing_map,
+            batch=batch,
+            factor=self.capacity_factor,
+            topk=self.topk,
+            policy=self.config.moe_token_drop_policy,
+            groups=self.groups,
+        )
+        return probs * keep, keep
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Count for the expert bias; where tokens are dropped, only after that."""
+        if self.capacity_factor is None:
+            super()._apply_expert_bias(routing_map, padding_mask=padding_mask)
+
+    def _apply_global_aux_loss(
+        self, probs, scores_for_aux_loss, routing_map, with_padding_mask: bool = False
+    ) -> Tensor:
+        """The running estimate of megatron-core, or the loss on the exact counts of the global
+        batch.
+        """
+        if self.exact_counts_E is None:
+            return super()._apply_global_aux_loss(
+                probs, scores_for_aux_loss, routing_map, with_padding_mask
+            )
+        coefficient = self.get_aux_loss_coeff("global_aux_loss")
+        _, local_tokens, total_tokens = get_tokens_per_expert_and_token_count(
+            routing_map=routing_map,
+            reduce_group=self.tp_dp_cp_group,
+            with_padding_mask=with_padding_mask,
+            topk=self.topk,
+        )
+        loss = switch_load_balancing_loss_func(
+            probs=scores_for_aux_loss,
+            tokens_per_expert=self.exact_counts_E,
+            total_num_tokens=total_tokens,
+            topk=self.topk,
+            num_experts=self.num_experts,
+            moe_aux_loss_coeff=coefficient,
+        )
+        return self.attach_and_log_load_balancing_loss(
+            probs,
+            coefficient,
+            loss,
+            "global_load_balancing_loss",
+            self.tp_dp_cp_group,
+            reduce_group_has_dp=True,
+            valid_token_count=local_tokens,
+        )
 
     def attach_and_log_load_balancing_loss(
         self,

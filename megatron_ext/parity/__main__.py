@@ -3,8 +3,8 @@
 python -m megatron_ext.parity --config configs/parity.yaml --layouts tp2-sp,pp2-vpp2,dp2-dopt
 python -m megatron_ext.parity --config configs/parity.yaml --layouts all --max-ranks 16
 
-Any other flag of pretrain_moe.py may follow and applies to both runs of each comparison. Exits with 1
-where a layout fails.
+Any other flag of pretrain_moe.py may follow and applies to both runs of each comparison. Exits with
+1 where a layout fails.
 """
 
 from __future__ import annotations

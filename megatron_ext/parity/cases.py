@@ -1,9 +1,10 @@
-"""Which layouts and model switches to check: a list that holds every pair of features at least once.
+"""Which layouts and model switches to check: a list that holds every pair of features at least
+once.
 
-A case is a layout name and model switches, `tp2-sp-cp2.p2p-ep2-etp1+mtp+tied`. Switches apply to the
-layout's run and to its one-rank reference alike. `all_cases` builds the list greedily and with a
-fixed seed: it draws legal combinations of up to `max_ranks` ranks and keeps the one that covers the
-most pairs that no case has yet. Legal is what the trainer's own rules accept.
+A case is a layout name and model switches, `tp2-sp-cp2.p2p-ep2-etp1+mtp+tied`. Switches apply to
+the layout's run and to its one-rank reference alike. `all_cases` builds the list greedily and with
+a fixed seed: it draws legal combinations of up to `max_ranks` ranks and keeps the one that covers
+the most pairs that no case has yet. Legal is what the trainer's own rules accept.
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ SWITCHES: dict[str, str] = {
     "capacity": "--moe-expert-capacity-factor 1.0",
     "uneven": "--decoder-first-pipeline-num-layers 1",
     "seq-aux": "--moe-router-load-balancing-type seq_aux_loss",
-    "global-aux": "--moe-router-load-balancing-type global_aux_loss"
-    " --moe-global-aux-mode exact",
+    "global-aux": "--moe-router-load-balancing-type global_aux_loss --moe-global-aux-mode exact",
     "no-z": "--moe-z-loss-coeff 0",
     "expert-bias": "--moe-router-score-function sigmoid --moe-router-enable-expert-bias",
     "accumulate4": "",

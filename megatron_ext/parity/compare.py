@@ -1,11 +1,12 @@
 """Compare a layout with one rank. Pure functions over numpy and numbers.
 
-Tolerances and their reasons (fp32): the loss of the first step is a mean over thousands of tokens of
-numbers that differ by the order of sums inside matrix products, 1e-6 relative; a gradient tensor may
-differ by 1e-5 of its norm; 20 steps of Adam carry that into the losses, 1e-5 relative. bf16 keeps 8
-bits, 2^-8 = 4e-3: the same quantities are held to 2e-3 (a mean), 5e-2 (a gradient tensor, whose
-terms are rounded before they are added) and 5e-3. Integers (samples, and in fp32 tokens per expert)
-are equal; in bf16 a router may choose another expert for a token whose two scores round alike.
+Tolerances and their reasons (fp32): the loss of the first step is a mean over thousands of tokens
+of numbers that differ by the order of sums inside matrix products, 1e-6 relative; a gradient tensor
+may differ by 1e-5 of its norm; 20 steps of Adam carry that into the losses, 1e-5 relative. bf16
+keeps 8 bits, 2^-8 = 4e-3: the same quantities are held to 2e-3 (a mean), 5e-2 (a gradient tensor,
+whose terms are rounded before they are added) and 5e-3. Integers (samples, and in fp32 tokens per
+expert) are equal; in bf16 a router may choose another expert for a token whose two scores round
+alike.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def relative(got: float, wanted: float) -> float:
 
 
 def tensor_difference(got: np.ndarray, wanted: np.ndarray) -> float:
-    """Norm of the difference over the norm of `wanted`; infinite for other shapes or missing parts."""
+    """Norm of the difference over the norm of `wanted`; infinite for another shape or holes."""
     if got.shape != wanted.shape or np.isnan(got).any():
         return float("inf")
     norm = float(np.linalg.norm(wanted.astype(np.float64)))
@@ -64,15 +65,17 @@ def tensor_difference(got: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def trim_padding(got: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Vocabulary rows may be padded differently (to a multiple of tp): compare the rows that both have."""
+    """Vocabulary rows may be padded differently (to a multiple of tp): compare the rows that both
+    have.
+    """
     rows = min(got.shape[0], wanted.shape[0])
     return got[:rows], wanted[:rows]
 
 
-def worst_gradient(
-    got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]
-) -> tuple[float, str]:
-    """(largest relative difference, its tensor); a tensor that only one side has counts as infinite."""
+def worst_gradient(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> tuple[float, str]:
+    """(largest relative difference, its tensor); a tensor that only one side has counts as
+    infinite.
+    """
     worst, name = 0.0, ""
     for key in sorted(got.keys() | wanted.keys()):
         if key not in got or key not in wanted:
@@ -87,7 +90,7 @@ def worst_gradient(
 
 
 def moved_assignments(got: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> float:
-    """Share of the assignments that are with another expert, from the counts alone (0 where equal)."""
+    """Share of the assignments that are with another expert, by the counts (0 where equal)."""
     if len(got) != len(wanted):
         return 1.0
     moved = sum(abs(a - b) for row, other in zip(got, wanted) for a, b in zip(row, other)) / 2

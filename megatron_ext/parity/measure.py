@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from data.loader import MicroBatches
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from data.loader import MicroBatches
 from megatron_ext.checkpoint.state import unwrap
 from megatron_ext.config import RunConfig, parse
 from megatron_ext.device import current_device, start
@@ -26,7 +26,7 @@ from megatron_ext.model.gpt import build_chunks, vocabulary, wrap_for_training
 from megatron_ext.model.initialise import sharded_pieces, sharding_metadata
 from megatron_ext.optim.build import build_optimizer, build_scheduler
 from megatron_ext.train import setup
-from megatron_ext.train.step import prepare_config, to_device, train_step
+from megatron_ext.train.step import StepSettings, prepare_config, to_device, train_step
 
 Piece = tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]
 
@@ -36,7 +36,8 @@ class Measurement:
     """What one run was: losses and gradient norms of its steps, routing and gradients of the first.
 
     `counts_LE` [L][E] tokens per expert; `pieces` are (name, global shape, place, values) of the
-    gradients that this rank holds as the first replica; `samples` the ids of the first step's batch.
+    gradients that this rank holds as the first replica; `samples` the ids of the first step's
+    batch.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -47,7 +48,9 @@ class Measurement:
 
 
 def _gather_sharded_gradients(chunk: nn.Module) -> None:
-    """With the distributed optimizer each rank holds the reduced gradient of its shard: gather them all."""
+    """With the distributed optimizer each rank holds the reduced gradient of its shard: gather them
+    all.
+    """
     for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
         ranks = group.intra_distributed_optimizer_instance_group
         for bucket in group.buckets:
@@ -83,7 +86,9 @@ def gradient_pieces(chunks: Sequence[nn.Module]) -> Iterator[Piece]:
 
 
 def assemble(pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
-    """Whole gradients by name; NaN where no rank held a part. Experts of one layer come in many pieces."""
+    """Whole gradients by name; NaN where no rank held a part. Experts of one layer come in many
+    pieces.
+    """
     whole: dict[str, np.ndarray] = {}
     for name, shape, place, values in pieces:
         if name not in whole:
@@ -120,14 +125,7 @@ def _train(cfg: RunConfig, state: Any, splits: Any, steps: int) -> Measurement:
             micro_batches = [to_device(next(batches), current_device()) for _ in range(per_step)]
             if not result.losses:
                 result.samples = [int(i) for one in micro_batches for i in one.sample_ids_B]
-            step = train_step(
-                state,
-                micro_batches,
-                seq_length=cfg.model.seq_length,
-                micro_batch_size=train.micro_batch_size,
-                check_finite=True,
-                stop_requested=lambda: False,
-            )
+            step = train_step(state, micro_batches, StepSettings.of(cfg), lambda: False)
             state.scheduler.step(increment=train.global_batch_size)
             state.progress.step += 1
             if not result.losses and step.routing is not None:
@@ -139,7 +137,7 @@ def _train(cfg: RunConfig, state: Any, splits: Any, steps: int) -> Measurement:
 
 
 def measure(argv: list[str], steps: int) -> Measurement:
-    """Train `steps` steps of the run that `argv` describes on this launch's ranks; writes no files."""
+    """Train `steps` steps of the run of `argv` on this launch's ranks; writes no files."""
     cfg = parse(argv)
     device = start(cfg.parallel.device)
     with process_groups(cfg.parallel, device, cfg.train.seed):

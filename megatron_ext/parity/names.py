@@ -1,4 +1,5 @@
-"""Layout names: `tp2-sp-pp2-vpp2-cp2.p2p-dp2-dopt-ep4-etp1-alltoall`, parts in any order, each optional.
+"""Layout names: `tp2-sp-pp2-vpp2-cp2.p2p-dp2-dopt-ep4-etp1-alltoall`, parts in any order, each
+optional.
 
     parse_layout("tp2-sp-dp2-ep4-etp1").flags  ->  ["--tensor-model-parallel-size", "2", ...]
     parse_layout("tp2-sp-dp2-ep4-etp1").world_size  ->  4

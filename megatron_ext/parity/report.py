@@ -21,7 +21,9 @@ from megatron_ext.parity.measure import Measurement, assemble, measure
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `rank` is the first whose part of the worst gradient is out of tolerance."""
+    """One line of the table; `rank` is the first whose part of the worst gradient is out of
+    tolerance.
+    """
 
     case: str
     world_size: int
@@ -99,12 +101,8 @@ def run_all(chosen: Sequence[Case], base: list[str], args: argparse.Namespace) -
         wanted = references[key]["gradients"].get(comparison.worst_tensor)
         rank = None
         if not comparison.passed and wanted is not None:
-            rank = first_rank_that_differs(
-                got, comparison.worst_tensor, wanted, tolerance.gradient
-            )
-        yield Row(
-            case.name, case.layout.world_size, comparison, rank, time.monotonic() - begin
-        )
+            rank = first_rank_that_differs(got, comparison.worst_tensor, wanted, tolerance.gradient)
+        yield Row(case.name, case.layout.world_size, comparison, rank, time.monotonic() - begin)
 
 
 def line(row: Row) -> str:
@@ -130,5 +128,7 @@ def line(row: Row) -> str:
 def summary(rows: Sequence[Row], seconds: float) -> str:
     """The last line."""
     failed = [row.case for row in rows if not row.passed]
-    text = f"{len(rows) - len(failed)} of {len(rows)} layouts are the same training, {seconds:.0f} s"
+    text = (
+        f"{len(rows) - len(failed)} of {len(rows)} layouts are the same training, {seconds:.0f} s"
+    )
     return text + (f"; failed: {', '.join(failed)}" if failed else "")

@@ -18,7 +18,7 @@ from megatron_ext.observe.metrics import routing_values
 from megatron_ext.observe.observers import Observers
 from megatron_ext.train import batch_size
 from megatron_ext.train.evaluate import evaluate
-from megatron_ext.train.step import StepResult, prepare_config, to_device, train_step
+from megatron_ext.train.step import StepResult, StepSettings, prepare_config, to_device, train_step
 from megatron_ext.train.stop import StopRequest
 
 
@@ -118,14 +118,7 @@ def _take_step(run: Run, batches: MicroBatches, stop: StopRequest) -> StepResult
     )
     start = time.perf_counter()
     micro_batches = [to_device(next(batches), current_device()) for _ in range(batch // multiple)]
-    result = train_step(
-        run.state,
-        micro_batches,
-        seq_length=model.seq_length,
-        micro_batch_size=train.micro_batch_size,
-        check_finite=run.cfg.ddp.check_for_nan_in_grad,
-        stop_requested=stop,
-    )
+    result = train_step(run.state, micro_batches, StepSettings.of(run.cfg), stop)
     if not result.was_skipped:
         run.state.scheduler.step(increment=batch)
     seconds = time.perf_counter() - start

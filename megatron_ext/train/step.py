@@ -19,8 +19,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor, nn
 
+from megatron_ext.config import RunConfig
 from megatron_ext.device import current_device
 from megatron_ext.errors import NumericError
+from megatron_ext.moe.global_counts import counting, forget
 from megatron_ext.moe.stats import RoutingRecord, collect
 
 
@@ -145,8 +147,9 @@ def _collect_routing(chunks: Sequence[nn.Module], config) -> RoutingRecord | Non
 
 
 def _take_mtp_loss(num_micro_batches: int) -> float:
-    """Mean over micro-batches and depths of the multi-token-prediction loss on this rank, 0 where it
-    has none; clears megatron-core's tracker, which otherwise grows for ever."""
+    """Mean over micro-batches and depths of the multi-token-prediction loss on this rank, 0 where
+    it has none; clears megatron-core's tracker, which otherwise grows for ever.
+    """
     values = MTPLossLoggingHelper.tracker.get("values")
     if values is None:
         return 0.0
@@ -169,17 +172,35 @@ def _check_finite(name: str, value: float, step: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class StepSettings:
+    """What every step of a run has in common.
+
+    `exact_balance`: count the global batch's routing before its backward passes (one more forward).
+    """
+
+    seq_length: int
+    micro_batch_size: int
+    check_finite: bool
+    exact_balance: bool
+
+    @classmethod
+    def of(cls, cfg: RunConfig) -> StepSettings:
+        """The settings of a run."""
+        kinds = cfg.transformer.moe_router_load_balancing_type
+        has_global_loss = cfg.transformer.num_moe_experts and "global_aux_loss" in kinds
+        return cls(
+            seq_length=cfg.model.seq_length,
+            micro_batch_size=cfg.train.micro_batch_size,
+            check_finite=cfg.ddp.check_for_nan_in_grad,
+            exact_balance=bool(has_global_loss) and cfg.moe.moe_global_aux_mode == "exact",
+        )
+
+
 def train_step(
-    state,
-    micro_batches: Sequence,
-    *,
-    seq_length: int,
-    micro_batch_size: int,
-    check_finite: bool,
-    stop_requested: Callable[[], bool],
+    state, micro_batches: Sequence, settings: StepSettings, stop_requested: Callable[[], bool]
 ) -> StepResult:
-    """One update of all weights of `state` (chunks, optimizer, scheduler) from this rank's
-    micro-batches.
+    """One update of all weights of `state` (chunks, optimizer) from this rank's micro-batches.
 
     Raises NumericError on every rank alike where the loss or the gradient norm is not finite. fp16
     steps whose scaled gradients overflow are skipped, not an error.
@@ -189,23 +210,24 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    reports = run_schedule(
-        chunks,
-        micro_batches,
-        seq_length=seq_length,
-        micro_batch_size=micro_batch_size,
-        forward_only=False,
-    )
+    shape = {"seq_length": settings.seq_length, "micro_batch_size": settings.micro_batch_size}
+    counts_first = settings.exact_balance and len(micro_batches) > 1
+    if counts_first:
+        with counting(chunks, len(micro_batches)):
+            run_schedule(chunks, micro_batches, **shape, forward_only=True)
+    reports = run_schedule(chunks, micro_batches, **shape, forward_only=False)
+    if counts_first:
+        forget(chunks)
     mtp = _take_mtp_loss(len(micro_batches)) if config.mtp_num_layers else 0.0
     total, count, stops, mtp = sum_over_ranks(reports, float(stop_requested()), mtp)
     loss = total / max(count, 1.0)
     tp = parallel_state.get_tensor_model_parallel_world_size()
     routing = _collect_routing(chunks, config)
     step = state.progress.step + 1
-    if check_finite:
+    if settings.check_finite:
         _check_finite("lm loss", loss, step)
     succeeded, grad_norm, num_zeros = optimizer.step()
-    if check_finite and succeeded and grad_norm is not None:
+    if settings.check_finite and succeeded and grad_norm is not None:
         _check_finite("gradient norm", float(grad_norm), step)
     return StepResult(
         lm_loss=loss,

@@ -123,3 +123,13 @@ class MoeSection:
     """Strength of the global-batch load-balancing gradient. exact: its coefficient at any number
     of ranks; megatron: coefficient / (dp*cp), as megatron-core 0.16.1 does, for recipes tuned
     there."""
+
+    moe_global_aux_mode: Literal["running", "exact"] = "running"
+    """Counts behind the global-batch loss. running: of the micro-batches so far (the paper's);
+    exact: of the whole global batch, by one more forward pass without gradients where a step has
+    several micro-batches."""
+
+    moe_capacity_scope: Literal["micro-batch", "shard"] = "micro-batch"
+    """Tokens that an expert's capacity counts. micro-batch: all of it, the same tokens are dropped
+    at any tp and cp; shard: each rank's own part, as in Megatron-LM (always so with
+    --moe-pad-expert-input-to-capacity)."""
