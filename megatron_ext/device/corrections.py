@@ -8,6 +8,7 @@ live beside that module instead.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import warnings
@@ -48,6 +49,22 @@ def recompute_without_fp8() -> None:
         self.fp8 = bool(fp8)
 
     random.CheckpointWithoutOutput.__init__ = init
+
+
+def expert_bias_of_layers_that_differ() -> None:
+    """The update of expert biases stacks all layers' vectors: update them in groups of one size."""
+    # the package shows the function of this name, not its module
+    finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    stock = finalize._update_router_expert_bias
+
+    def update(model, config) -> None:
+        chunks = [list(finalize.get_attr_wrapped_model(chunk, "modules")()) for chunk in model]
+        routers = [m for modules in chunks for m in modules if hasattr(m, "expert_bias")]
+        for size in sorted({router.expert_bias.numel() for router in routers}):
+            same = [router for router in routers if router.expert_bias.numel() == size]
+            stock([torch.nn.ModuleList(same)], config)
+
+    finalize._update_router_expert_bias = update
 
 
 def split_sizes_as_lists() -> None:
@@ -168,6 +185,7 @@ def apply(kind: str) -> None:
     router_without_transformer_engine()
     latent_attention_without_transformer_engine()
     recompute_without_fp8()
+    expert_bias_of_layers_that_differ()
     if kind == "cpu":
         split_sizes_as_lists()
         random_state_of_the_cpu()

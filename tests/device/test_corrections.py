@@ -1,7 +1,10 @@
 """Each correction of megatron-core 0.16.1 beside the stock behaviour that makes it necessary."""
 
+import importlib
+import inspect
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -107,3 +110,53 @@ def test_rotary_halves_are_the_zigzag_chunks(size):
     got = [rotary_pos_embedding.get_pos_emb_on_this_cp_rank(rows, 0, Group(r)) for r in range(size)]
     assert sorted(torch.cat(got).flatten().tolist()) == list(range(16))
     assert got[0][0] == 0 and got[0][-1] == 15
+
+
+def _update_biases(stock: bool):
+    """Biases of two routers with 4 and 8 experts, moved once; the message where that fails."""
+    from megatron.core import parallel_state
+
+    finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    routers = torch.nn.ModuleList()
+    for size in (4, 8):
+        router = torch.nn.Module()
+        router.register_buffer("expert_bias", torch.zeros(size))
+        router.register_buffer("local_tokens_per_expert", torch.arange(float(size)))
+        routers.append(router)
+    config = types.SimpleNamespace(moe_router_bias_update_rate=0.1)
+    update = finalize._update_router_expert_bias
+    if stock:
+        update = inspect.getclosurevars(update).nonlocals["stock"]
+    try:
+        update([routers], config)
+    except RuntimeError as error:
+        return str(error)
+    return [router.expert_bias.tolist() for router in routers]
+
+
+def test_expert_bias_of_layers_that_differ():
+    assert "equal size" in run_ranks(_update_biases, 1, True)[0]
+    four, eight = run_ranks(_update_biases, 1, False)[0]
+    assert four == pytest.approx([0.1, 0.1, -0.1, -0.1])
+    assert eight == pytest.approx([0.1] * 4 + [-0.1] * 4)
+
+
+def test_recompute_without_fp8():
+    stock = _uncorrected(
+        "from megatron.core.tensor_parallel.random import CheckpointWithoutOutput\n"
+        "print(CheckpointWithoutOutput().fp8)"
+    )
+    assert stock == "True", "upstream has changed: this correction may go"
+    assert random.CheckpointWithoutOutput().fp8 is False
+
+
+def test_latent_attention_without_transformer_engine():
+    stock = _uncorrected(
+        "from megatron.core.transformer import multi_latent_attention as m; print(m.HAVE_TE)"
+    )
+    assert stock == "True", "upstream has changed: this correction may go"
+    from megatron.core.transformer import multi_latent_attention
+
+    assert multi_latent_attention.HAVE_TE is False

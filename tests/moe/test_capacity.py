@@ -64,7 +64,7 @@ def test_large_capacity_drops_nothing():
 
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)])
 def test_shards_go_and_come_back(tp, cp):
-    """[S=16, B=3] tokens cut as megatron-core cuts them (zig-zag over cp, then contiguous over tp)."""
+    """[S=16, B=3] tokens cut as megatron-core does: zig-zag over cp, contiguous over tp."""
     seq, batch = 16, 3
     whole = torch.arange(seq * batch * 2).view(seq, batch, 2)
     cut = whole[zigzag_order(seq, cp)].chunk(tp * cp)

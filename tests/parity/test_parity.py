@@ -85,7 +85,7 @@ def test_assemble_places_pieces():
 
 
 def _compare_with(layout: str, break_it: bool):
-    """One case, compared in this process; with the stock gradient group of experts if `break_it`."""
+    """One case, run from here; with the stock gradient group of experts if `break_it`."""
     import argparse
 
     from megatron_ext.moe.experts import GroupedExperts
@@ -107,7 +107,7 @@ def _compare_with(layout: str, break_it: bool):
 
 
 def test_a_planted_error_is_found_and_named(monkeypatch):
-    """Stock megatron-core's expert gradients at tp2 etp1 ep1: the loss agrees, the gradient does not."""
+    """Stock expert gradients at tp2 etp1 ep1: the loss agrees, the gradient does not."""
     from megatron_ext.moe import experts
 
     monkeypatch.setattr(experts.GroupedExperts, "_parameter", experts.GroupedExperts._parameter)

@@ -33,6 +33,7 @@ VARIANTS = {
         EP2,
     ),
     "dense first layer": ("--moe-layer-freq ([0]*1+[1]*3)", VPP2),
+    "a pipeline stage without experts": ("--moe-layer-freq ([0]*2+[1]*2)", PP2),
     "every second layer": ("--moe-layer-freq 2", PP2),
     "sigmoid, expert bias, groups": (
         SIGMOID + " --moe-router-enable-expert-bias --moe-router-num-groups 4"
