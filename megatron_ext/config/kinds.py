@@ -71,7 +71,10 @@ def whole_number(word: str) -> int:
     try:
         return int(word)
     except ValueError:
-        pass
+        return _whole_float(word)
+
+
+def _whole_float(word: str) -> int:
     try:
         number = float(word)
     except ValueError:
