@@ -51,7 +51,7 @@ DATA_ARGS=(
   --tokenizer-type Llama2Tokenizer
   --tokenizer-model "$TOKENIZER_MODEL"
   --data-path "$DATA_PATH"
-  --split 90,8,2
+  --split "90,8,2"
 )
 
 TRAINING_ARGS=(
