@@ -113,6 +113,7 @@ class Preempted(Fatal):  # noqa: N818 - not an error: the state is saved
     """Asked to stop, state saved: requeue (75)."""
 
     code = 75
+    every_rank = True
 
 
 class NumericError(Fatal):

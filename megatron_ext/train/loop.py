@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from data.loader import MicroBatches
 from megatron_ext.config import RunConfig
 from megatron_ext.device import current_device
+from megatron_ext.errors import Preempted
 from megatron_ext.observe.metrics import routing_values
 from megatron_ext.observe.observers import Observers
 from megatron_ext.train import batch_size
@@ -135,8 +136,8 @@ def _is_multiple(step: int, interval: int | None) -> bool:
 
 
 def train(run: Run) -> str:
-    """Train until the last step or a reason to stop; returns the reason in words ("finished" at the
-    end).
+    """Train until the last step or a reason to stop, and save; returns the reason ("finished" at
+    the end). Raises Preempted (75) where a signal came: no time is spent on an evaluation then.
     """
     cfg, progress = run.cfg, run.state.progress
     num_steps = total_steps(cfg.train)
@@ -169,8 +170,8 @@ def train(run: Run) -> str:
                 saved_step = step
             if cfg.train.manual_gc and _is_multiple(step, cfg.train.manual_gc_interval):
                 gc.collect()
-            if result.wants_to_stop:
-                reason = stop.by_signal or "asked to stop (a signal or --exit-duration-in-mins)"
+            if result.stop_by_signal or result.stop_by_time:
+                reason = "a signal" if result.stop_by_signal else "--exit-duration-in-mins"
                 break
             if _is_multiple(step, cfg.train.exit_interval):
                 reason = f"--exit-interval {cfg.train.exit_interval}"
@@ -178,6 +179,11 @@ def train(run: Run) -> str:
         if saved_step != progress.step:
             run.checkpointer.save(run.state)
         run.checkpointer.poll(blocking=True)
+        if reason == "a signal":
+            raise Preempted(
+                f"stopped by {cfg.train.exit_signal} after step {progress.step}, state saved",
+                do="start the same command again with --load to go on",
+            )
     finally:
         batches.close()
         stop.close()

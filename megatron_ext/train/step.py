@@ -37,7 +37,8 @@ class StepResult:
     num_zeros_in_grad: int | None
     was_skipped: bool
     routing: RoutingRecord | None
-    wants_to_stop: bool
+    stop_by_signal: bool
+    stop_by_time: bool
 
 
 def to_device(batch, device: torch.device):
@@ -198,7 +199,7 @@ class StepSettings:
 
 
 def train_step(
-    state, micro_batches: Sequence, settings: StepSettings, stop_requested: Callable[[], bool]
+    state, micro_batches: Sequence, settings: StepSettings, stop: Callable[[], tuple[bool, bool]]
 ) -> StepResult:
     """One update of all weights of `state` (chunks, optimizer) from this rank's micro-batches.
 
@@ -219,7 +220,7 @@ def train_step(
     if counts_first:
         forget(chunks)
     mtp = _take_mtp_loss(len(micro_batches)) if config.mtp_num_layers else 0.0
-    total, count, stops, mtp = sum_over_ranks(reports, float(stop_requested()), mtp)
+    total, count, mtp, by_signal, by_time = sum_over_ranks(reports, mtp, *map(float, stop()))
     loss = total / max(count, 1.0)
     tp = parallel_state.get_tensor_model_parallel_world_size()
     routing = _collect_routing(chunks, config)
@@ -237,5 +238,6 @@ def train_step(
         num_zeros_in_grad=None if num_zeros is None else int(num_zeros),
         was_skipped=not succeeded,
         routing=routing,
-        wants_to_stop=stops > 0,
+        stop_by_signal=by_signal > 0,
+        stop_by_time=by_time > 0,
     )

@@ -27,9 +27,10 @@ class StopRequest:
     def _on_signal(self, number: int, frame) -> None:
         self.by_signal = signal.Signals(number).name
 
-    def __call__(self) -> bool:
+    def __call__(self) -> tuple[bool, bool]:
+        """(by a signal, by the time limit), as this rank knows it."""
         timed_out = self._deadline is not None and time.monotonic() > self._deadline
-        return self.by_signal is not None or timed_out
+        return self.by_signal is not None, timed_out
 
     def close(self) -> None:
         """Give the signal back to whoever had it."""

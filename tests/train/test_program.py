@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from tests.ranks.harness import run_ranks
+from tests.ranks.harness import exit_codes, run_ranks
 from tests.ranks.tiny import TINY, pretrain, read_metrics
 
 BF16_PIPELINE = (
@@ -100,7 +100,8 @@ def _train_until_signal(argv, metrics):
 def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path):
     flags = ["--train-iters", "100000", "--exit-signal-handler", "--exit-signal", "SIGUSR1"]
     argv = [*TINY, *flags, "--run-dir", str(tmp_path)]
-    run_ranks(_train_until_signal, 2, argv, tmp_path / "metrics.jsonl", timeout_s=60)
+    metrics = tmp_path / "metrics.jsonl"
+    assert exit_codes(_train_until_signal, 2, argv, metrics, timeout_s=60) == [75, 75]
     step = len(read_metrics(tmp_path))
     assert 0 < step < 100000
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == f"step_{step:08d}"
