@@ -257,13 +257,15 @@ def _warn_if_short(opening: _Opening, member: PackedDataset, split: int) -> None
 
 
 def _no_documents(opening: _Opening, data_cfg, split: int, documents: int) -> None:
-    """A split without documents: an error for train, one warning for the others."""
-    what = (
-        f"--split {getattr(data_cfg, 'split', None) or DEFAULT_SPLIT} gives {SPLIT_NAMES[split]} "
-        f"none of {documents} documents"
-    )
+    """A split without documents: an error for train; for the others one warning, or nothing where
+    --split gives them a share of 0.
+    """
+    shares = getattr(data_cfg, "split", None) or DEFAULT_SPLIT
+    what = f"--split {shares} gives {SPLIT_NAMES[split]} none of {documents} documents"
     if split == 0:
         raise DataError(what, do="give it a larger share or more documents")
+    if data_cfg.data_path and pack.split_shares(shares)[split] == 0:
+        return
     opening.warnings.append(
         f"{what}: it is not run; give it a larger share or --{SPLIT_NAMES[split]}-data-path"
     )

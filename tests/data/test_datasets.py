@@ -183,6 +183,8 @@ def test_empty_splits(data_cfg, tmp_path, two):
     assert any(
         "--split 969,30,1 gives valid none of 4 documents" in line for line in splits.warnings
     )
+    asked = opened(data_cfg(data_path=[str(tmp_path / "p")], split="50,50,0"), (10, 10, 10))
+    assert asked.test is None and not any("none of" in line for line in asked.warnings)
     with pytest.raises(DataError, match="--split 0,1,0 gives train none of 4 documents"):
         opened(data_cfg(data_path=[str(tmp_path / "p")], split="0,1,0"), (10, 10, 10))
     assert opened(data_cfg(data_path=two), (10, 0, 0)).valid is None
