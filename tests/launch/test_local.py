@@ -92,14 +92,14 @@ def test_a_killed_launcher_takes_its_ranks_with_it(tmp_path):
         assert all_gone(str(tmp_path), 5)
 
 
-def test_sigterm_saves_and_stops(tmp_path):
+def test_sigterm_saves_and_ends_with_75(tmp_path):
     flags = [*TINY, *FOREVER, "--exit-signal-handler", "--run-dir", tmp_path]
     with launched(2, *flags) as process:
         wait_for(tmp_path / "metrics.jsonl", '"step": 2')
         process.terminate()
-        shown, errors = process.communicate(timeout=15)
-    assert (process.returncode, errors) == (0, "")
+        _, errors = process.communicate(timeout=15)
+    assert process.returncode == 75
+    assert fatal_lines(errors) == errors.splitlines() and "state saved" in errors
     last = read_metrics(tmp_path, "step")[-1]
     saved = (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").read_text()
     assert int(saved) == last
-    assert "stopped: SIGTERM" in shown

@@ -33,8 +33,8 @@ LAYER = {
     "train": 8,
     "planner": 8,
     "generate": 9,
-    "hf": 9,
     "parity": 9,
+    "hf": 10,
 }
 """ARCHITECTURE.md's layers; a package of megatron_ext imports lower ones and itself."""
 
