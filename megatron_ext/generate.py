@@ -9,6 +9,7 @@ one process whatever layout it was trained in. Sampling is greedy with --tempera
 from __future__ import annotations
 
 import argparse
+import logging
 import tempfile
 from pathlib import Path
 
@@ -92,6 +93,7 @@ def write(args: argparse.Namespace) -> None:
     """Load the checkpoint and print the prompt and its continuation."""
     from megatron_ext.device import start
 
+    logging.captureWarnings(True)  # megatron-core's about its own options are no news to a reader
     device = start(args.device)
     options = ["--device", device.kind]
     if args.ckpt_step is not None:
