@@ -163,8 +163,12 @@ def _attention(cfg: RunConfig, tp: int) -> int:
         count += out // tp
     if t.add_bias_linear:
         count += t.hidden_size
-    if t.qk_layernorm and not t.qk_l2_norm:
+    if cfg.model.qk_layernorm_over_heads:
+        count += (queries + keys) // tp
+    elif t.qk_layernorm and not t.qk_l2_norm:
         count += 2 * _norm(cfg, t.kv_channels)
+    if t.softmax_type == "learnable":
+        count += t.num_attention_heads // tp
     return count
 
 

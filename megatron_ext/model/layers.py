@@ -39,6 +39,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_ext.model.attention import CoreAttention
+from megatron_ext.model.head_norm import HeadsNorm
 from megatron_ext.model.norm import Norm
 from megatron_ext.moe.experts import GroupedExperts
 from megatron_ext.moe.router import Router, RouterOptions
@@ -76,7 +77,10 @@ def _attention_spec(config, backend: LocalBackend) -> ModuleSpec:
                 kv_layernorm=norm,
             ),
         )
-    qk_norm = L2Norm if config.qk_l2_norm else norm
+    q_norm = k_norm = L2Norm if config.qk_l2_norm else norm
+    if config.qk_layernorm_over_heads:
+        heads = config.num_attention_heads, config.num_query_groups
+        q_norm, k_norm = (ModuleSpec(HeadsNorm, params={"num_heads": n}) for n in heads)
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -84,8 +88,8 @@ def _attention_spec(config, backend: LocalBackend) -> ModuleSpec:
             linear_qkv=linear,
             core_attention=backend.core_attention(),
             linear_proj=row_linear,
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
+            q_layernorm=q_norm,
+            k_layernorm=k_norm,
         ),
     )
 

@@ -86,6 +86,7 @@ def transformer_config(cfg: RunConfig, recorder: Recorder) -> TransformerConfig:
         raise _refused_by_megatron_core(error) from error
     if cfg.model.position_embedding_type == "yarn":
         _add_yarn(config, cfg)
+    config.qk_layernorm_over_heads = cfg.model.qk_layernorm_over_heads
     return config
 
 

@@ -28,6 +28,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_ext.moe.capacity import kept_of_micro_batch
+from megatron_ext.moe.group_score import GroupScore
 from megatron_ext.moe.stats import Tally
 
 
@@ -59,6 +60,7 @@ class RouterOptions:
     moe_global_aux_scale: str = "exact"
     moe_global_aux_mode: str = "running"
     moe_capacity_scope: str = "micro-batch"
+    moe_router_group_score_experts: int | None = None
 
 
 class Router(TopKRouter):
@@ -76,12 +78,15 @@ class Router(TopKRouter):
             config = copy.copy(config)
             config.moe_expert_capacity_factor = None  # dropped below, over the whole micro-batch
         super().__init__(config=config, pg_collection=pg_collection)
+        if options.moe_router_group_score_experts is not None:
+            self.router_replay = GroupScore(options.moe_router_group_score_experts)
         self.exact_global_scale = options.moe_global_aux_scale == "exact"
         has_global_loss = self.get_aux_loss_coeff("global_aux_loss") > 0
         self.wants_exact_counts = options.moe_global_aux_mode == "exact" and has_global_loss
         self.counted_E: Tensor | None = None
         self.exact_counts_E: Tensor | None = None
         self.groups = pg_collection
+        self.balance_scale = 1.0  # of the balance losses' gradient; measurements set it to 0
         self.tally = Tally(config.num_moe_experts)
         self.num_shards = self.tp_cp_group.size()
         self.dp = self.tp_dp_cp_group.size() // self.num_shards
@@ -189,7 +194,7 @@ class Router(TopKRouter):
             exact=self.exact_global_scale,
             tokens=tokens if self.calculate_per_token_loss else None,
         )
-        return MoEAuxLossAutoScaler.apply(activation, aux_loss * strength)
+        return MoEAuxLossAutoScaler.apply(activation, aux_loss * strength * self.balance_scale)
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Router z-loss, mean over tokens of logsumexp(logits)^2 (Zoph et al. 2022, ST-MoE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_ext.config.checks.numbers import multiples_near, one_of
+from megatron_ext.config.checks.numbers import divisors, multiples_near, one_of
 from megatron_ext.config.run_config import RunConfig
 from megatron_ext.errors import Violation
 
@@ -12,6 +12,7 @@ from megatron_ext.errors import Violation
 def rules(cfg: RunConfig) -> Iterator[Violation]:
     """All rules of the network's shape."""
     yield from _shape(cfg)
+    yield from _norm_over_heads(cfg)
     yield from _positions(cfg)
     yield from _latent(cfg)
     yield from _recompute(cfg)
@@ -44,6 +45,31 @@ def _shape(cfg: RunConfig) -> Iterator[Violation]:
         share = getattr(t, name)
         if not 0 <= share < 1:
             yield Violation("--" + name.replace("_", "-"), share, "must be in [0, 1)", "use 0")
+
+
+def _norm_over_heads(cfg: RunConfig) -> Iterator[Violation]:
+    t, flag = cfg.transformer, "--qk-layernorm-over-heads"
+    if not cfg.model.qk_layernorm_over_heads:
+        return
+    if not t.qk_layernorm:
+        yield Violation(flag, None, "needs --qk-layernorm", "add it")
+    if t.normalization != "RMSNorm":
+        yield Violation(flag, None, "is an RMSNorm", "add --normalization RMSNorm")
+    if t.multi_latent_attention or t.qk_l2_norm:
+        yield Violation(
+            flag, None, "excludes --multi-latent-attention and --qk-l2-norm", "remove it"
+        )
+    if cfg.model.transformer_impl != "local":
+        yield Violation(flag, None, "needs --transformer-impl local", "add it")
+    tp, groups = cfg.parallel.tensor_model_parallel_size, t.num_query_groups
+    if groups and groups % tp:
+        yield Violation(
+            flag,
+            None,
+            f"needs --num-query-groups = {groups} to be a multiple of"
+            f" --tensor-model-parallel-size = {tp}",
+            f"use --tensor-model-parallel-size {one_of(divisors(groups), tp)}",
+        )
 
 
 def _positions(cfg: RunConfig) -> Iterator[Violation]:

@@ -27,6 +27,7 @@ def rules(cfg: RunConfig) -> Iterator[Violation]:
     yield from _layers(cfg)
     yield from _choice(cfg)
     yield from _groups(cfg)
+    yield from _group_score(cfg)
     yield from _losses(cfg)
     yield from _capacity(cfg)
     yield from _shared(cfg)
@@ -122,6 +123,20 @@ def _groups(cfg: RunConfig) -> Iterator[Violation]:
             f"exceeds the {kept * (experts // groups)} experts of the kept groups",
             "raise --moe-router-group-topk",
         )
+
+
+def _group_score(cfg: RunConfig) -> Iterator[Violation]:
+    t, best = cfg.transformer, cfg.moe.moe_router_group_score_experts
+    if best is None:
+        return
+    flag = "--moe-router-group-score-experts"
+    if not t.moe_router_group_topk:
+        yield Violation(flag, best, "needs --moe-router-group-topk", "remove it")
+    elif t.moe_router_num_groups:
+        size = t.num_moe_experts // t.moe_router_num_groups
+        if not 1 <= best <= size:
+            rule = f"must be from 1 to the {size} experts of a group"
+            yield Violation(flag, best, rule, f"use {size} or less")
 
 
 def _types(t: object) -> list[str]:

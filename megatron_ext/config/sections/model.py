@@ -96,6 +96,10 @@ class ModelSection:
     bias_swiglu_fusion: bool = True
     """Fuse bias and SwiGLU."""
 
+    qk_layernorm_over_heads: bool = False
+    """With --qk-layernorm: one norm over all query heads of a token, one over all its key heads
+    (OLMoE), instead of one for each head."""
+
     init_method_xavier_uniform: bool = False
     """Xavier-uniform weights instead of normal ones."""
 
@@ -133,3 +137,7 @@ class MoeSection:
     """Tokens that an expert's capacity counts. micro-batch: all of it, the same tokens are dropped
     at any tp and cp; shard: each rank's own part, as in Megatron-LM (always so with
     --moe-pad-expert-input-to-capacity)."""
+
+    moe_router_group_score_experts: int | None = None
+    """Experts whose scores sum to the score of their group (with --moe-router-group-topk).
+    DeepSeek-V2: 1, DeepSeek-V3: 2. Default: megatron-core's topk / kept groups."""
