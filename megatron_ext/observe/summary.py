@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +147,9 @@ def command_lines(run: Path, config: dict[str, Any]) -> list[str]:
     observe, checkpoint = config["observe"], config["checkpoint"]
     save = checkpoint["save"] or run / "checkpoints"
     ranks = config["parallel"]["world_size"] or 1
+    programs = os.path.relpath(Path(sys.executable).parent)  # .venv/bin
     lines = [
-        "TensorBoard  .venv/bin/tensorboard --logdir"
+        f"TensorBoard  {programs}/tensorboard --logdir"
         f" {observe['tensorboard_dir'] or run / 'tensorboard'}"
     ]
     saved = Path(save) / "latest_checkpointed_iteration.txt"
@@ -155,7 +158,7 @@ def command_lines(run: Path, config: dict[str, Any]) -> list[str]:
         lines += [
             f"resume       bash launch/run.sh {ranks} --config {run / 'config.yaml'} --load {save}"
             f" --train-iters {step + RESUME_STEPS} --override-opt-param-scheduler",
-            f'write text   .venv/bin/python -m megatron_ext.generate --load {save} --prompt "def "',
+            f"write text   {programs}/python -m megatron_ext.generate --load {save} --prompt 'def '",
         ]
     return [*lines, "tests        bash tests/run.sh"]
 
