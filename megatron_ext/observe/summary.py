@@ -158,7 +158,8 @@ def command_lines(run: Path, config: dict[str, Any]) -> list[str]:
         lines += [
             f"resume       bash launch/run.sh {ranks} --config {run / 'config.yaml'} --load {save}"
             f" --train-iters {step + RESUME_STEPS} --override-opt-param-scheduler",
-            f"write text   {programs}/python -m megatron_ext.generate --load {save} --prompt 'def '",
+            f"write text   {programs}/python -m megatron_ext.generate --load {save}"
+            " --prompt 'def '",
         ]
     return [*lines, "tests        bash tests/run.sh"]
 
