@@ -17,7 +17,7 @@ die() {
 # Make the environment where it is missing.
 make_venv() {
   local maker=${PYTHON:-python3}
-  [[ -x $python ]] && return
+  [[ -x $python && -x $venv/bin/pip ]] && return # pip comes last: without it a kill cut the making
   "$maker" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null ||
     die "what=$maker is not Python 3.10, 3.11 or 3.12 do=PYTHON=/path/to/python3.11 bash ${0##*/}"
   say "making the virtual environment $venv ($("$maker" --version))"

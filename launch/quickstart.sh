@@ -75,7 +75,8 @@ headline 4 "resuming from the checkpoint of step $step, $more steps more"
 train --load "$run/checkpoints" --train-iters $((step + more)) --override-opt-param-scheduler
 
 headline 5 "what the model writes after \"def \""
-"$python" -m megatron_ext.generate --load "$run/checkpoints" --prompt "def " >"$run/sample.tmp"
+"$python" -m megatron_ext.generate --load "$run/checkpoints" --prompt "def " \
+  --device cpu >"$run/sample.tmp"
 mv "$run/sample.tmp" "$run/sample.txt"
 say "in $run/sample.txt"
 

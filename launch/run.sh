@@ -8,11 +8,17 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-}
 if [[ -z $python ]]; then
-  for candidate in "${VIRTUAL_ENV:-}/bin/python" "${VENV:-$root/.venv}/bin/python"; do
+  for candidate in "${VENV:-$root/.venv}/bin/python" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}"; do
     if [[ -x $candidate ]]; then
       python=$candidate
       break
     fi
   done
 fi
-exec "${python:-python3}" "$root/launch/local.py" "$@"
+python=${python:-python3}
+if ! "$python" -c 'import sys, importlib.util as u; sys.exit(not (u.find_spec("megatron") and u.find_spec("torch")))'; then
+  printf 'FATAL 69 rank=0 what=%s has no torch or no megatron-core do=%s\n' "$python" \
+    "bash launch/quickstart.sh makes .venv, or PYTHON=/path/to/python names another" >&2
+  exit 69
+fi
+exec "$python" "$root/launch/local.py" "$@"

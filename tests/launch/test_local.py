@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +61,17 @@ def test_a_mistake_is_one_line_and_its_code(tmp_path, flags, code, words):
 def test_the_number_of_ranks_comes_first(words):
     done = launch(*words) if words else launch("")
     assert done.returncode == 64
+    assert fatal_lines(done.stderr) == done.stderr.splitlines() != []
+
+
+def test_an_interpreter_without_the_packages_is_one_line(monkeypatch):
+    empty = Path(sys.base_prefix) / "bin/python3"
+    monkeypatch.setattr("tests.launch.programs.sys.executable", str(empty))
+    found = subprocess.run([empty, "-c", "import megatron.core"], capture_output=True, check=False)
+    if found.returncode == 0:
+        pytest.skip("the base interpreter has megatron-core, too")
+    done = launch(2, *TINY)
+    assert done.returncode == 69
     assert fatal_lines(done.stderr) == done.stderr.splitlines() != []
 
 
