@@ -1,5 +1,5 @@
 """Core attention on `F.scaled_dot_product_attention`: causal, grouped-query, sliding window,
-document mask.
+document mask; over several ranks of one sequence by a strategy of `megatron_ext/context/`.
 
 Stands where megatron-core puts its own DotProductAttention or Transformer Engine's
 (`core_attention` of the layer spec). Shapes: S sequence, B micro-batch, N query heads of this tp
@@ -19,6 +19,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_ext import context
 from megatron_ext.device import current_device
 
 
@@ -54,6 +55,10 @@ class CoreAttention(MegatronModule):
     None for plain causal attention; the mask itself is built here, so that no [S, S] tensor crosses
     the pipeline. `softmax_type`: vanilla; off-by-one and learnable add one extra logit per head to
     the denominator (GPT-OSS).
+
+    With context parallelism (--context-parallel-size) query, key and value are the zig-zag chunks
+    of this cp rank, the document ids still those of the whole sequence, and `cp_comm_type`
+    (--cp-comm-type, this layer's) names the strategy.
     """
 
     def __init__(
@@ -79,6 +84,10 @@ class CoreAttention(MegatronModule):
         )
         self.window = config.window_size if in_window else None
         self.softmax_offset = self._build_offset()
+        self.strategy = cp_comm_type or "p2p"
+        self.exchange = None
+        if config.context_parallel_size > 1:
+            self.exchange = context.Exchange(pg_collection.cp)
 
     def _build_offset(self) -> Tensor | None:
         """The extra logit per head of this rank [N]: none, zeros, or learned."""
@@ -104,6 +113,8 @@ class CoreAttention(MegatronModule):
         packed_seq_params=None,
     ) -> Tensor:
         """query [S, B, N, D], key [S', B, G, D], value [S', B, G, Dv] -> [S, B, N * Dv]."""
+        if self.exchange is not None:
+            return self._over_ranks(query, key, value, attention_mask_arg)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if k.shape[1] != q.shape[1]:
             repeats = q.shape[1] // k.shape[1]
@@ -125,6 +136,19 @@ class CoreAttention(MegatronModule):
             scale=self.scale,
         )
         return out.permute(2, 0, 1, 3).reshape(num_queries, q.shape[0], -1)
+
+    def _over_ranks(
+        self, query: Tensor, key: Tensor, value: Tensor, document_ids_BS: Tensor | None
+    ) -> Tensor:
+        """The same for the chunks of this cp rank; [S/cp, B, N * Dv]."""
+        assert query.shape[0] == key.shape[0], "no cached generation over context-parallel ranks"
+        cp = self.exchange.size
+        window = None if self.window is None or self.window[0] < 0 else self.window[0]
+        reach = context.reach_of(window, query.shape[0] // 2, 2 * cp)
+        sizes = tuple(self.config.hierarchical_context_parallel_sizes or ())
+        program = context.build(self.strategy, cp, sizes, reach)
+        job = context.Attention(program, self.exchange, self.scale, window, document_ids_BS)
+        return context.context_attention(query, key, value, job, self.softmax_offset)
 
     def _with_offset_key(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor):
         """Append a key whose logit is the offset and whose value is zero: softmax then sums to less

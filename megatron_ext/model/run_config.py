@@ -86,8 +86,19 @@ def transformer_config(cfg: RunConfig, recorder: Recorder) -> TransformerConfig:
         raise _refused_by_megatron_core(error) from error
     if cfg.model.position_embedding_type == "yarn":
         _add_yarn(config, cfg)
+    _number_comm_types_from_one(config)
     config.qk_layernorm_over_heads = cfg.model.qk_layernorm_over_heads
     return config
+
+
+def _number_comm_types_from_one(config: TransformerConfig) -> None:
+    """TransformerLayer of 0.16.1 reads cp_comm_type[layer_number] where layer numbers start at 1
+    (the last layer finds nothing), and MTP layers continue them: put a name in front, and the last
+    layer's behind.
+    """
+    types = config.cp_comm_type
+    if isinstance(types, list):
+        config.cp_comm_type = [types[0], *types, *[types[-1]] * (config.mtp_num_layers or 0)]
 
 
 def _add_yarn(config: TransformerConfig, cfg: RunConfig) -> None:

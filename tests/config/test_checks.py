@@ -43,8 +43,8 @@ CASES = {
     "--world-size 4 --tensor-model-parallel-size 4 --sequence-parallel --seq-length 62": "--seq"
     "-length 62 must be a multiple of cp*tp = 4",
     "--world-size 4 --context-parallel-size 4 --seq-length 60": "must be a multiple of"
-    " 2*--context-parallel-size = 8 do=use 56 or 64",
-    "--world-size 2 --context-parallel-size 2": "is not built yet for --transformer-impl local",
+    " 2*cp = 8 (cp 4, tp 1) do=use 56 or 64",
+    "--world-size 2 --context-parallel-size 2": "--attention-dropout 0.1 must be 0",
     "--world-size 4 --num-distributed-optimizer-instances 3 --use-distributed-optimizer": "must"
     " divide dp*cp = 4 do=use 1, 2 or 4",
     "--world-size 8 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2"

@@ -17,6 +17,7 @@ def _attention(**changes):
         "attention_dropout": 0.0,
         "kv_channels": 8,
         "num_attention_heads": 4,
+        "context_parallel_size": 1,
         "apply_query_key_layer_scaling": False,
         "window_size": None,
         "window_attn_skip_freq": None,

@@ -3,6 +3,7 @@
     required  what must be given              pipeline  layers over pp x vpp, interleaving
     layout    world = pp*dp*cp*tp, experts    moe       routing, losses, capacity, dispatch
     model     sizes, positions, recompute     training  batch, schedule, gradients
+    context   sequence over cp and tp, strategies
     support   what this release or this machine cannot do
 
 A rule is a generator of `Violation` over the resolved `RunConfig`.  A rule whose inputs are missing
@@ -13,7 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_ext.config.checks import layout, model, moe, pipeline, required, support, training
+from megatron_ext.config.checks import (
+    context,
+    layout,
+    model,
+    moe,
+    pipeline,
+    required,
+    support,
+    training,
+)
 from megatron_ext.config.run_config import RunConfig
 from megatron_ext.errors import Violation
 
@@ -25,6 +35,6 @@ def violations_of(cfg: RunConfig, environ: Mapping[str, str]) -> list[Violation]
     if sizes:
         return found
     found += layout.world_agrees_with_environment(cfg, environ)
-    for group in (layout, pipeline, model, moe, training, support):
+    for group in (layout, context, pipeline, model, moe, training, support):
         found += group.rules(cfg)
     return found

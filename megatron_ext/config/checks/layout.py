@@ -55,13 +55,13 @@ def world_agrees_with_environment(
 
 
 def rules(cfg: RunConfig) -> Iterator[Violation]:
-    """Rank grid, experts over ranks, tensors over tp, sequence over tp and cp."""
+    """Rank grid, experts over ranks, tensors over tp."""
     yield from _dense_grid(cfg)
     yield from _expert_grid(cfg)
     yield from _order(cfg)
     yield from _experts(cfg)
     yield from _tensors(cfg)
-    yield from _sequence(cfg)
+    yield from _experts_over_tp(cfg)
     yield from _instances(cfg)
 
 
@@ -190,31 +190,14 @@ def _tensors(cfg: RunConfig) -> Iterator[Violation]:
             )
 
 
-def _sequence(cfg: RunConfig) -> Iterator[Violation]:
-    p, seq = cfg.parallel, cfg.model.seq_length
-    tp, cp = p.tensor_model_parallel_size, p.context_parallel_size
+def _experts_over_tp(cfg: RunConfig) -> Iterator[Violation]:
+    p, tp = cfg.parallel, cfg.parallel.tensor_model_parallel_size
     if cfg.transformer.num_moe_experts and tp > 1 and not p.sequence_parallel:
         yield Violation(
             "--tensor-model-parallel-size",
             tp,
             "with --num-experts needs --sequence-parallel",
             "add --sequence-parallel, or use --tensor-model-parallel-size 1",
-        )
-    if not seq:
-        return
-    if cp > 1 and seq % (2 * cp):
-        yield Violation(
-            "--seq-length",
-            seq,
-            f"must be a multiple of 2*--context-parallel-size = {2 * cp}",
-            f"use {one_of(multiples_near(seq, 2 * cp))}",
-        )
-    elif p.sequence_parallel and (seq // cp) % tp:
-        yield Violation(
-            "--seq-length",
-            seq,
-            f"must be a multiple of cp*tp = {cp * tp} with --sequence-parallel",
-            f"use {one_of(multiples_near(seq, cp * tp))}",
         )
 
 

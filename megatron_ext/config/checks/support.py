@@ -21,7 +21,6 @@ LOCAL_ONLY: tuple[tuple[str, tuple, str], ...] = (
 def rules(cfg: RunConfig) -> Iterator[Violation]:
     """Missing packages and features."""
     yield from _implementation(cfg)
-    yield from _context(cfg)
     yield from _dispatcher(cfg)
     if (
         cfg.optimizer.optimizer in ("muon", "dist_muon")
@@ -61,17 +60,6 @@ def _implementation(cfg: RunConfig) -> Iterator[Violation]:
                 "is not built by --transformer-impl local",
                 use,
             )
-
-
-def _context(cfg: RunConfig) -> Iterator[Violation]:
-    cp = cfg.parallel.context_parallel_size
-    if cp > 1 and cfg.model.transformer_impl == "local":
-        yield Violation(
-            "--context-parallel-size",
-            cp,
-            "is not built yet for --transformer-impl local (planned for the next release)",
-            "use 1, or --transformer-impl transformer_engine on GPUs",
-        )
 
 
 def _dispatcher(cfg: RunConfig) -> Iterator[Violation]:
