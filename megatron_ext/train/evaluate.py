@@ -74,7 +74,8 @@ def evaluate(
         batches.close()
         for chunk in chunks:
             chunk.train()
-    copies = torch.distributed.get_world_size() / dp
+    cp = parallel_state.get_context_parallel_world_size()
+    copies = torch.distributed.get_world_size() / (dp * cp)
     loss = sums[0] / max(sums[1], 1.0)
     tokens = sums[1] / parallel_state.get_tensor_model_parallel_world_size()
     record = {

@@ -17,9 +17,11 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from megatron_ext.config import RunConfig
+from megatron_ext.context import zigzag
 from megatron_ext.device import current_device
 from megatron_ext.errors import NumericError
 from megatron_ext.moe.global_counts import counting, forget
@@ -41,28 +43,41 @@ class StepResult:
     stop_by_time: bool
 
 
+OF_EACH_TOKEN = ("tokens_BS", "labels_BS", "loss_mask_BS", "position_ids_BS")
+"""What a cp rank holds for its own tokens only; document ids stay whole, for the mask."""
+
+
 def to_device(batch, device: torch.device):
-    """The same TokenBatch with its tensors on `device`."""
+    """This cp rank's chunks of a TokenBatch of whole sequences, its tensors on `device`."""
+    layout = zigzag(parallel_state.get_context_parallel_world_size())
+    cp_rank = parallel_state.get_context_parallel_rank()
     tensors = {
         field.name: value.to(device, non_blocking=True)
         for field in fields(batch)
         if isinstance(value := getattr(batch, field.name), Tensor)
     }
-    return replace(batch, **tensors)
+    mine = {name: layout.split(tensors[name], cp_rank) for name in OF_EACH_TOKEN}
+    return replace(batch, **{**tensors, **mine})
 
 
-def language_model_loss(loss_mask_BS: Tensor, loss_BS: Tensor):
+def language_model_loss(loss_mask_BS: Tensor, is_per_token: bool, loss_BS: Tensor):
     """(sum over the unmasked tokens, their number, what the log wants of both), as megatron-core's
     schedules expect.
 
-    Reduced nowhere: the schedule divides by the tokens of this micro-batch and by the number of
-    micro-batches, DDP averages over dp x cp. Clones, because the schedule scales the first tensor
-    in place.
+    The schedule divides by the tokens of this micro-batch and by the number of micro-batches, DDP
+    averages over dp x cp. cp ranks share a micro-batch and may hold unequal shares of its mask, so
+    the sum is times cp and the count over all of cp; not with --calculate-per-token-loss
+    (`is_per_token`), where megatron-core sums counts over dp x cp and divides once. The report is
+    this rank's, reduced nowhere. Clones, because the schedule scales the first tensor in place.
     """
     mask = loss_mask_BS.view(-1).float()
     total = torch.sum(loss_BS.view(-1).float() * mask)
     count = mask.sum()
     report = torch.stack((total.detach().clone(), count.detach().clone())).double()
+    cp = parallel_state.get_context_parallel_world_size()
+    if cp > 1 and not is_per_token:
+        torch.distributed.all_reduce(count, group=parallel_state.get_context_parallel_group())
+        total = total * cp
     return total, count.to(torch.int), report
 
 
@@ -78,7 +93,8 @@ def forward_step(batches: Iterator, model: nn.Module, *_):
         labels=batch.labels_BS,
         loss_mask=batch.loss_mask_BS,
     )
-    return output, partial(language_model_loss, batch.loss_mask_BS)
+    is_per_token = get_model_config(model).calculate_per_token_loss
+    return output, partial(language_model_loss, batch.loss_mask_BS, is_per_token)
 
 
 def prepare_config(config, optimizer, chunks: Sequence[nn.Module], ddp_config) -> None:
