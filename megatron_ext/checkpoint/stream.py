@@ -10,9 +10,11 @@ what a run saves: pieces have global names and places (see the package's docstri
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +35,6 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from megatron_ext.checkpoint import folder
 from megatron_ext.checkpoint.loader import read_metadata
-from megatron_ext.checkpoint.lock import Lease
 from megatron_ext.checkpoint.writer import Shard, write_metadata
 from megatron_ext.errors import DataError
 
@@ -183,34 +184,37 @@ def _record(run_info: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(directory: Path, pieces: Sequence[Piece], run_info: dict[str, Any]) -> Path:
-    """Write weights as step 0 of `directory`; the folder of that step. Nothing is left after an
-    error.
+    """Write weights as step 0 of `directory`, which holds no checkpoint; the folder of that step.
 
-    Raises LockedError, DiskError; DataError where the folder holds checkpoints already, and
-    whatever `make` of a piece raises.
+    Raises DiskError, and whatever `make` of a piece raises: the caller drops the folder then
+    (`whole_folder`).
     """
-    if folder.steps(directory):
-        raise DataError(
-            f"--save holds checkpoints already, as {folder.step_name(folder.steps(directory)[0])}",
-            do="--save an empty folder",
-            path=directory,
-        )
-    existed = directory.is_dir()
-    lease = Lease(directory)
-    lease.take()
-    writing = None
+    assert not folder.steps(directory), f"{directory} holds checkpoints already"
+    folder.check_space(directory, sum(piece.num_bytes for piece in pieces))
     try:
-        folder.check_space(directory, sum(piece.num_bytes for piece in pieces))
         writing = folder.begin(directory, 0)
-        final = _write(writing, directory, pieces, run_info)
+        return _write(writing, directory, pieces, run_info)
     except OSError as error:
-        _discard(writing, None if existed else directory, lease)
         raise folder.disk_error(error, directory) from error
-    except BaseException:
-        _discard(writing, None if existed else directory, lease)
-        raise
-    lease.release()
-    return final
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write into; at the end of the block it gets the name `path`, which
+    is new or empty. After an error nothing is left. Raises DiskError.
+    """
+    writing = path.with_name(f".writing_{path.name}_{uuid.uuid4().hex[:8]}")
+    try:
+        writing.mkdir(parents=True)
+        yield writing
+        if path.exists():
+            path.rmdir()
+        writing.rename(path)
+        folder.sync(path.parent)
+    except OSError as error:
+        raise folder.disk_error(error, path) from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
 
 
 def _write(writing: Path, directory: Path, pieces: Sequence[Piece], run_info: dict) -> Path:
@@ -226,12 +230,3 @@ def _write(writing: Path, directory: Path, pieces: Sequence[Piece], run_info: di
     torch.save({"iteration": 0, "checkpoint_version": 3.0}, writing / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(writing))
     return folder.finish(writing, directory, _record(run_info))
-
-
-def _discard(writing: Path | None, created: Path | None, lease: Lease) -> None:
-    """Remove what was begun, and the folder where it was made for this."""
-    if writing is not None:
-        shutil.rmtree(writing, ignore_errors=True)
-    lease.release()
-    if created is not None:
-        shutil.rmtree(created, ignore_errors=True)

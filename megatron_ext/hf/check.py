@@ -45,7 +45,9 @@ def words_of(
     skip = ("tokenizer_type", "seq_length", "bf16", "fp16")
     flags = {k: v for k, v in plan.flags.items() if k not in skip}
     flags["max_position_embeddings"] = max(flags["max_position_embeddings"], length)
+    micro_batches = layout.sizes["pp"] if layout.sizes["vpp"] > 1 else 1  # interleaved schedule
     run = {**RUN, "micro_batch_size": batch, "seq_length": length}
+    run["global_batch_size"] = batch * layout.sizes["dp"] * micro_batches
     yaml_path.write_text(yaml_text({**flags, **run}, "check"))
     words = ["--config", str(yaml_path), "--mock-data", "--device", "cpu"]
     return [*words, "--world-size", str(layout.world_size), *layout.flags]

@@ -12,7 +12,10 @@ import yaml
 from megatron_ext.config import RunConfig, parse
 from megatron_ext.config.flags import members
 from megatron_ext.errors import DataError
+from megatron_ext.hf import positions
 from megatron_ext.hf.architectures import ARCHITECTURES, Architecture, by_model_type
+from megatron_ext.hf.architectures.decoder import sliding_layers
+from megatron_ext.hf.entries import moe_layers
 from megatron_ext.hf.source import Source
 
 RUN = {"micro_batch_size": 1, "train_iters": 1000, "lr": 1e-5}
@@ -83,13 +86,16 @@ def network(cfg: RunConfig) -> dict[str, Any]:
                 continue
             if member.name not in NOT_THE_NETWORK:
                 found[member.name] = getattr(getattr(cfg, section), member.name)
+    found["moe_layer_freq"] = moe_layers(cfg)
+    found["window_attn_skip_freq"] = sliding_layers(cfg)
+    found["moe_router_topk_scaling_factor"] = cfg.transformer.moe_router_topk_scaling_factor or 1.0
     best, kept = cfg.moe.moe_router_group_score_experts, cfg.transformer.moe_router_group_topk
     if kept:
         found["moe_router_group_score_experts"] = best or cfg.transformer.moe_router_topk // kept
     if cfg.model.position_embedding_type == "learned_absolute":
         return found
     found.pop("max_position_embeddings", None)
-    return found
+    return found | positions.config(cfg)["rope_parameters"]
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def saved_config(stored: stream.StoredTensors, load: Path) -> RunConfig:
 def _describe(
     cfg: RunConfig, like: dict[str, Any] | None, wanted: str | None
 ) -> tuple[Architecture, dict[str, Any]]:
-    """Family and config.json: the given one where it says the same network, else made from flags."""
+    """Family and config.json: the given one where it says the same network, else from flags."""
     if like is not None and like.get("model_type") in by_model_type() and wanted is None:
         one = by_model_type()[like["model_type"]]
         flags = one.flags(Source(like, Path(CONFIG)))
@@ -111,22 +110,13 @@ def export_folder(
     config["dtype"] = config["torch_dtype"] = HF_DTYPES[stored.dtype(table[0].ours)]
     sizes = [torch.Size(e.size).numel() * stored.dtype(e.ours).itemsize for e in table]
     check_memory(4 * max(sizes), "exporting its largest tensor", load)
-    writing = out.with_name(f".writing_{out.name}_{uuid.uuid4().hex[:8]}")
-    try:
-        writing.mkdir(parents=True)
+    with stream.whole_folder(out) as writing:
         on_disk.check_space(writing, sum(sizes))
         _write(writing, table, tensors, stored, largest_shard)
         (writing / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for name in TOKENIZER_FILES:
             if (load / BESIDE / name).is_file():
                 shutil.copyfile(load / BESIDE / name, writing / name)
-        if out.exists():
-            out.rmdir()
-        writing.rename(out)
-    except OSError as error:
-        raise on_disk.disk_error(error, out) from error
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
     return one
 
 

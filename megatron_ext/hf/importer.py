@@ -22,7 +22,7 @@ from megatron_ext.hf.configure import RUN, architecture_of, run_config, yaml_tex
 from megatron_ext.hf.entries import Entry, entries
 from megatron_ext.hf.memory import check_memory
 from megatron_ext.hf.shards import Shards
-from megatron_ext.hf.source import Source
+from megatron_ext.hf.source import CONFIG, Source
 
 YAML = "config.yaml"
 BESIDE = "huggingface"
@@ -80,7 +80,8 @@ def plan_import(folder: Path, *, without_mtp: bool = False) -> Plan:
     cfg = run_config({k: v for k, v in flags.items() if not k.startswith("tokenizer")})
     shards = Shards(folder)
     table = list(entries(architecture.rows(cfg), cfg))
-    notes = _check_names(table, shards, cfg, without_mtp)
+    mtp_layers = source.get("num_nextn_predict_layers", 0)
+    notes = _check_names(table, shards, _mtp_prefixes(cfg, mtp_layers), without_mtp)
     _check_shapes(table, shards)
     unread = source.unread()
     if unread:
@@ -89,7 +90,7 @@ def plan_import(folder: Path, *, without_mtp: bool = False) -> Plan:
 
 
 def _check_names(
-    table: Sequence[Entry], shards: Shards, cfg: RunConfig, without_mtp: bool
+    table: Sequence[Entry], shards: Shards, mtp_prefixes: tuple[str, ...], without_mtp: bool
 ) -> list[str]:
     """Every expected tensor is there and no other; returns notes about what is left out."""
     expected = {part.name for entry in table for part in entry.parts}
@@ -103,9 +104,8 @@ def _check_names(
     extra = set(shards.tensors) - expected
     extra = {name for name in extra if not name.endswith(OLD_BUFFERS)}
     extra -= _tied_copies(extra, shards)
-    first_after = f"model.layers.{cfg.transformer.num_layers}."
-    mtp = {name for name in extra if name.startswith(first_after)}
-    if mtp and without_mtp:
+    mtp = {name for name in extra if name.startswith(mtp_prefixes)}
+    if without_mtp:
         extra -= mtp
     if extra:
         do = "a model with these tensors has no equal here"
@@ -118,6 +118,12 @@ def _check_names(
             path=shards.folder,
         )
     return [f"left out: {len(mtp)} tensors of the multi-token-prediction layer"] if mtp else []
+
+
+def _mtp_prefixes(cfg: RunConfig, mtp_layers: int) -> tuple[str, ...]:
+    """Names of the layers for multi-token prediction begin so: they follow the decoder's."""
+    first = cfg.transformer.num_layers
+    return tuple(f"model.layers.{layer}." for layer in range(first, first + mtp_layers))
 
 
 def _tied_copies(extra: set[str], shards: Shards) -> set[str]:
@@ -162,12 +168,23 @@ def _check_shapes(table: Sequence[Entry], shards: Shards) -> None:
 def import_folder(plan: Plan, save: Path) -> Path:
     """Write the checkpoint, its YAML and copies of the small files; the YAML's path.
 
-    Raises DataError, DiskError, LockedError; nothing is left behind then.
+    `save` appears whole at the end. Raises DataError, DiskError.
     """
+    if save.exists() and (not save.is_dir() or any(save.iterdir())):
+        raise DataError("--save is there already", do="name a new folder", path=save)
     check_memory(4 * plan.largest_entry, "importing its largest tensor", plan.shards.folder)
     from megatron_ext.device import start
 
     start("cpu")
+    from megatron_ext.checkpoint import stream
+
+    with stream.whole_folder(save) as writing:
+        _write(plan, writing, save)
+    return save / YAML
+
+
+def _write(plan: Plan, writing: Path, save: Path) -> None:
+    """The contents of `save`, in `writing`."""
     from megatron_ext.checkpoint import stream
 
     def piece(entry: Entry) -> stream.Piece:
@@ -183,14 +200,12 @@ def import_folder(plan: Plan, save: Path) -> Path:
     flags = dict(plan.flags)
     if "tokenizer_type" in flags:
         flags["tokenizer_model"] = str((save / BESIDE / "tokenizer.json").resolve())
-    saved = run_config({k: v for k, v in flags.items()})
-    info = {"config": saved.to_yaml(), "huggingface": plan.source.values}
-    stream.write(save, [piece(entry) for entry in plan.entries], info)
-    beside = save / BESIDE
-    beside.mkdir(exist_ok=True)
-    for name in ("config.json", *TOKENIZER_FILES):
+    info = {"config": run_config(flags).to_yaml(), "huggingface": plan.source.values}
+    stream.write(writing, [piece(entry) for entry in plan.entries], info)
+    beside = writing / BESIDE
+    beside.mkdir()
+    for name in (CONFIG, *TOKENIZER_FILES):
         if (plan.shards.folder / name).is_file():
             shutil.copyfile(plan.shards.folder / name, beside / name)
     title = f"imported from {plan.shards.folder} ({plan.architecture.model_type})"
-    (save / YAML).write_text(yaml_text({**flags, **RUN}, title))
-    return save / YAML
+    (writing / YAML).write_text(yaml_text({**flags, **RUN}, title))

@@ -48,11 +48,13 @@ def forward(chunks: list[torch.nn.Module], tokens_BS: Tensor) -> Tensor | None:
         return model(next(batches), positions, None), lambda output, **_: output.clone()
 
     many = len(chunks) > 1
+    # the interleaved schedule takes a multiple of pp: the same batch again
+    copies = [tokens_BS] * (parallel_state.get_pipeline_model_parallel_world_size() if many else 1)
     out = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=[iter([tokens_BS]) for _ in chunks] if many else iter([tokens_BS]),
+        data_iterator=[iter(copies) for _ in chunks] if many else iter(copies),
         model=chunks if many else chunks[0],
-        num_microbatches=1,
+        num_microbatches=len(copies),
         seq_length=tokens_BS.shape[1],
         micro_batch_size=tokens_BS.shape[0],
         decoder_seq_length=tokens_BS.shape[1],

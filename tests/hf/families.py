@@ -23,7 +23,7 @@ YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
     "factor": 4.0,
-    "original_max_position_embeddings": 16,
+    "original_max_position_embeddings": 1024,
     "beta_fast": 32.0,
     "beta_slow": 1.0,
 }

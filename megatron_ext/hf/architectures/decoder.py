@@ -102,7 +102,11 @@ def ends(cfg: RunConfig) -> list[Row]:
 
 def base_flags(c: Source, *, latent: bool = False, tied: bool = False) -> dict[str, Any]:
     """The flags that every family has. `tied`: the default of tie_word_embeddings."""
-    c.fixed(hidden_act="silu", quantization_config=None)
+    c.fixed(hidden_act="silu")
+    quantised = c.get("quantization_config", None)
+    if quantised:
+        kind = dict(quantised).get("quant_method", "unknown")
+        c.refuse(f"{kind}-quantised weights", "dequantise them to bfloat16 first")
     heads, hidden = c.need("num_attention_heads"), c.need("hidden_size")
     longest = c.need("max_position_embeddings")
     found = {
