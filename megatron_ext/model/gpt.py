@@ -49,6 +49,10 @@ class GPT(GPTModel):
             true_vocab_size, self.vocab_size, tp.rank(), tp.size()
         )
         self.true_vocab_size = true_vocab_size
+        if self.mtp_process and self.share_embeddings_and_output_weights and not self.pre_process:
+            # the stage has its own copy of the embedding for MTP and uses that: 0.16.1 allocates
+            # an output table as well, trains without it and then cannot save it
+            self.output_layer.register_parameter("weight", None)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [B, S], logits [S, B, padded/tp] -> loss per token [B, S] in nats."""

@@ -15,7 +15,13 @@ import numpy as np
 
 from megatron_ext.mesh.forks import RanksFailedError, run_ranks
 from megatron_ext.parity.cases import Case
-from megatron_ext.parity.compare import TOLERANCES, Comparison, compare, tensor_difference
+from megatron_ext.parity.compare import (
+    TOLERANCES,
+    Comparison,
+    compare,
+    rounding_of,
+    tensor_difference,
+)
 from megatron_ext.parity.measure import Measurement, assemble, measure
 
 
@@ -81,28 +87,43 @@ def first_rank_that_differs(
     return None
 
 
+def _reference(case: Case, base: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """The one-rank run of a case's model; for bf16 also how far it is from fp32, per tensor."""
+    reference = _whole(_run([*base, *case.model_flags], 1, args))
+    if args.dtype == "bf16":
+        exact = [flag for flag in base if flag != "--bf16"]
+        fp32 = _whole(_run([*exact, *case.model_flags], 1, args))
+        reference["rounding"] = rounding_of(reference["gradients"], fp32["gradients"])
+    return reference
+
+
+def _compare(case: Case, got: list[Measurement], reference: dict, dtype: str):
+    """(comparison, first rank whose part of the worst gradient is out of tolerance)."""
+    tolerance, rounding = TOLERANCES[dtype], reference.get("rounding", {})
+    comparison = compare(_whole(got), reference, tolerance, rounding)
+    tensor = comparison.worst_tensor
+    wanted = reference["gradients"].get(tensor)
+    if comparison.passed or wanted is None:
+        return comparison, None
+    limit = tolerance.of(tensor, rounding)
+    return comparison, first_rank_that_differs(got, tensor, wanted, limit)
+
+
 def run_all(chosen: Sequence[Case], base: list[str], args: argparse.Namespace) -> Iterator[Row]:
     """One row per case; one-rank references are run once per set of model switches."""
-    tolerance = TOLERANCES[args.dtype]
     references: dict[tuple[str, ...], dict[str, Any]] = {}
     for case in chosen:
-        begin = time.monotonic()
+        begin, size = time.monotonic(), case.layout.world_size
         key = tuple(case.model_flags)
         try:
             if key not in references:
-                references[key] = _whole(_run([*base, *case.model_flags], 1, args))
-            flags = [*base, *case.model_flags, *case.layout_flags]
-            got = _run(flags, case.layout.world_size, args)
+                references[key] = _reference(case, base, args)
+            got = _run([*base, *case.model_flags, *case.layout_flags], size, args)
         except RanksFailedError as error:
-            seconds = time.monotonic() - begin
-            yield Row(case.name, case.layout.world_size, None, None, seconds, str(error))
+            yield Row(case.name, size, None, None, time.monotonic() - begin, str(error))
             continue
-        comparison = compare(_whole(got), references[key], tolerance)
-        wanted = references[key]["gradients"].get(comparison.worst_tensor)
-        rank = None
-        if not comparison.passed and wanted is not None:
-            rank = first_rank_that_differs(got, comparison.worst_tensor, wanted, tolerance.gradient)
-        yield Row(case.name, case.layout.world_size, comparison, rank, time.monotonic() - begin)
+        comparison, rank = _compare(case, got, references[key], args.dtype)
+        yield Row(case.name, size, comparison, rank, time.monotonic() - begin)
 
 
 def line(row: Row) -> str:

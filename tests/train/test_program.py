@@ -68,12 +68,13 @@ def test_resume_in_another_layout(tmp_path):
 
 
 def test_evaluation_is_the_same_on_every_layout_and_repeats(tmp_path):
-    """Validation reads a fixed set: --eval-only from a checkpoint gives the loss that training logged."""
+    """--eval-only from a checkpoint gives the loss that training logged, in any layout."""
     flags = [*TINY, "--eval-iters", "2", "--eval-interval", "2", "--train-iters", "4"]
     run_ranks(pretrain, 1, [*flags, "--run-dir", str(tmp_path)])
     trained = read_metrics(tmp_path, "val_loss")
     assert len(trained) == 3  # after step 2, after step 4, test
-    only = ["--eval-only", "--load", str(tmp_path / "checkpoints"), "--run-dir", str(tmp_path / "e")]
+    only = ["--eval-only", "--load", str(tmp_path / "checkpoints")]
+    only += ["--run-dir", str(tmp_path / "e")]
     layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     run_ranks(pretrain, 2, [*flags, *layout, *only])
     assert read_metrics(tmp_path / "e", "val_loss") == pytest.approx(trained[1:], rel=1e-5)
