@@ -33,6 +33,10 @@ def pretrain(cfg: RunConfig) -> None:
         chunks = wrap_for_training(cfg, build_chunks(cfg, words))
         optimizer = build_optimizer(cfg, chunks)
         state = setup.train_state(chunks, optimizer, build_scheduler(cfg, optimizer))
+        if cfg.checkpoint.moe_use_upcycling:
+            from megatron_ext.upcycle.run import load_upcycled
+
+            cfg, where = load_upcycled(cfg, where)
         with setup.checkpointer(cfg, where) as checkpointer:
             checkpointer.load(state)
             with setup.observers(cfg, where, state) as observers:

@@ -155,7 +155,9 @@ def _sizes(v: Values) -> None:
             )
         v.derive("num_query_groups", heads)
     if v["num_moe_experts"] is not None and v["moe_ffn_hidden_size"] is None:
-        v.derive("moe_ffn_hidden_size", v["ffn_hidden_size"])
+        width = v["ffn_hidden_size"]
+        parts = max(1, v["moe_upcycling_granularity"])
+        v.derive("moe_ffn_hidden_size", width // parts if width else width)
 
 
 def _positions(v: Values) -> None:

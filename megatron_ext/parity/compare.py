@@ -7,8 +7,9 @@ Integers (samples, tokens per expert) are equal.
 bf16 keeps 8 bits, so two correct orders of summation differ by about what bf16 differs from fp32.
 The band of each gradient tensor is measured: three times the distance of the one-rank bf16 gradient
 from the one-rank fp32 gradient (the reference's own rounding, the layout's, and its reductions in
-bf16), at least 5e-2. Losses are means: 2e-3, and 5e-3 along the curve. A router may choose another
-expert for a token whose two scores round alike: 2% of the assignments.
+bf16), at least 0.1: a router may choose another expert for a token whose two scores round alike,
+and one such token of the model's 256 moves a gradient by 1 / sqrt(256) = 6% of its norm. At most 2%
+of the assignments may move. Losses are means: 2e-3, and 5e-3 along the curve.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Tolerance:
 
 TOLERANCES = {
     "fp32": Tolerance(loss=1e-6, gradient=1e-5, curve=1e-5, flips=0.0),
-    "bf16": Tolerance(loss=2e-3, gradient=5e-2, curve=5e-3, flips=0.02),
+    "bf16": Tolerance(loss=2e-3, gradient=1e-1, curve=5e-3, flips=0.02),
 }
 
 

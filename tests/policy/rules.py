@@ -35,6 +35,7 @@ LAYER = {
     "generate": 9,
     "parity": 9,
     "hf": 10,
+    "upcycle": 11,
 }
 """ARCHITECTURE.md's layers; a package of megatron_ext imports lower ones and itself."""
 

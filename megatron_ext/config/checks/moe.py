@@ -15,6 +15,7 @@ COEFFICIENT = "--moe-aux-loss-coeff"
 def rules(cfg: RunConfig) -> Iterator[Violation]:
     """All rules of expert layers; without --num-experts, that nothing asks for them."""
     t = cfg.transformer
+    yield from _upcycling(cfg)
     if t.num_moe_experts is None:
         if t.moe_ffn_hidden_size is not None:
             yield Violation(
@@ -31,6 +32,24 @@ def rules(cfg: RunConfig) -> Iterator[Violation]:
     yield from _losses(cfg)
     yield from _capacity(cfg)
     yield from _shared(cfg)
+
+
+def _upcycling(cfg: RunConfig) -> Iterator[Violation]:
+    t, wanted = cfg.transformer, cfg.checkpoint
+    parts = wanted.moe_upcycling_granularity
+    flag = "--moe-upcycling-granularity"
+    if parts < 1:
+        yield Violation(flag, parts, "must be at least 1", "use 1")
+    elif parts > 1 and t.moe_ffn_hidden_size and t.moe_ffn_hidden_size * parts != t.ffn_hidden_size:
+        yield Violation(
+            flag,
+            parts,
+            f"times --moe-ffn-hidden-size = {t.moe_ffn_hidden_size} must be"
+            f" --ffn-hidden-size = {t.ffn_hidden_size}",
+            "leave --moe-ffn-hidden-size out, or use a divisor of --ffn-hidden-size",
+        )
+    if wanted.moe_use_upcycling and (t.num_moe_experts is None or wanted.load is None):
+        yield Violation("--moe-use-upcycling", None, "needs --num-experts and --load", "add them")
 
 
 def _layers(cfg: RunConfig) -> Iterator[Violation]:
