@@ -53,7 +53,8 @@ def one_rank_config(run: dict, folder: str, options: list[str]) -> RunConfig:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(saved, file)
         file.flush()
-        return parse(["--config", file.name, "--load", folder, "--world-size", "1", *options])
+        words = ["--config", file.name, "--load", folder, "--world-size", "1", *options]
+        return parse(words, environ={})  # one rank also inside a launch of several
 
 
 def _flags() -> argparse.ArgumentParser:

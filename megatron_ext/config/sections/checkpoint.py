@@ -37,8 +37,8 @@ class CheckpointSection:
     """Load weights only: step 0, new optimizer, new data order."""
 
     moe_use_upcycling: bool = False
-    """Load the dense checkpoint of --load as experts: converted into RUN/upcycled, then as with
-    --finetune. (Megatron-LM's flag converts and exits.)"""
+    """Load the dense checkpoint of --load as experts: converted into RUN/upcycled, then trained as
+    with --finetune, where Megatron-LM's flag converts and exits."""
 
     moe_upcycling_granularity: int = 1
     """Experts that one copy of the dense feed-forward layer is cut into by --moe-use-upcycling:
