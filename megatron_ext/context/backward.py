@@ -25,7 +25,7 @@ class Backward(Worker):
     ) -> None:
         """`shapes` of the local q, k, v; dout [S, B, N * Dv]."""
         super().__init__(job, *shapes, dtype=dout.dtype, device=dout.device)
-        self.table, self.finals = dict(saved), finals
+        self.table, self.finals, self.num_groups = dict(saved), finals, shapes[1][2]
         whole = dout.contiguous().view(*shapes[0][:3], shapes[2][3])
         self.dout = dict(self.pieces_of(whole, 0))
         self.gradients = [
@@ -66,11 +66,16 @@ class Backward(Worker):
         else:
             self.sums[piece] = tuple(share.to(torch.float32, copy=True) for share in shares)
 
+    def wire(self, move: Move) -> torch.dtype:
+        """How a move travels: sums that are not complete in fp32, also those of a key/value head
+        that several parts of the query heads read."""
+        parts_share = move.what == "dkv" and self.job.program.num_parts > self.num_groups
+        return torch.float32 if move.wide or parts_share else self.dtype
+
     def outgoing(self, move: Move) -> tuple[Tensor, ...]:
         key = move.chunk, move.part
         if move.what in GRADIENT_OF.values():
-            dtype = torch.float32 if move.wide else self.dtype
-            return tuple(share.to(dtype) for share in self.sums.pop(move.piece))
+            return tuple(share.to(self.wire(move)) for share in self.sums.pop(move.piece))
         if move.what == "dout":
             return (self.dout[key],)
         if move.what == "query":
@@ -80,7 +85,7 @@ class Backward(Worker):
     def buffers(self, move: Move) -> tuple[Tensor, ...]:
         query_heads, kv_heads = self.heads[move.part]
         width, value_width = self.widths
-        dtype = torch.float32 if move.wide else self.dtype
+        dtype = self.wire(move)
         if move.what in ("kv", "dkv"):
             return self.room(kv_heads, width, dtype), self.room(kv_heads, value_width, dtype)
         if move.what == "dq":
