@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_ext.context import zigzag
+
 
 def expert_capacity(num_tokens: int, topk: int, num_experts: int, factor: float) -> int:
     """Tokens that one expert takes: ceil(T * K / E * factor)."""
@@ -35,33 +37,20 @@ def kept(probs_TE: Tensor, map_TE: Tensor, capacity: int, policy: str) -> Tensor
     return map_TE & torch.zeros_like(map_TE).scatter(0, best, True)
 
 
-def zigzag_order(length: int, cp: int) -> Tensor:
-    """[length]: the positions that rank 0, then rank 1, ... of cp hold (chunks r, 2cp-1-r)."""
-    chunks = torch.arange(length).chunk(2 * cp)
-    return torch.cat([torch.cat((chunks[r], chunks[2 * cp - 1 - r])) for r in range(cp)])
-
-
 def in_sequence_order(shards: list[Tensor], tp: int, batch: int) -> Tensor:
     """Shards [S/(tp*cp) * B, E] of the ranks of a tp x cp group (tp fastest) -> [S * B, E] in
-    sequence order.
-
-    Context-parallel ranks hold the zig-zag chunks r and 2*cp-1-r of the sequence.
+    sequence order; context-parallel ranks hold zig-zag chunks, tp ranks contiguous pieces of those.
     """
-    cp = len(shards) // tp
-    width = shards[0].shape[-1]
+    cp, width = len(shards) // tp, shards[0].shape[-1]
     parts = [torch.cat(shards[i * tp : (i + 1) * tp]).view(-1, batch, width) for i in range(cp)]
-    rows = torch.cat(parts)
-    if cp > 1:
-        rows = rows[torch.argsort(zigzag_order(rows.shape[0], cp)).to(rows.device)]
-    return rows.reshape(-1, width)
+    return zigzag(cp).join(parts, dim=0).reshape(-1, width)
 
 
 def own_shard(whole: Tensor, rank: int, tp: int, cp: int, batch: int) -> Tensor:
     """The rows of rank `rank` of the tp x cp group: the inverse of `in_sequence_order`."""
     rows = whole.view(-1, batch, whole.shape[-1])
-    if cp > 1:
-        rows = rows[zigzag_order(rows.shape[0], cp).to(rows.device)]
-    return rows.chunk(tp * cp)[rank].reshape(-1, whole.shape[-1])
+    mine = zigzag(cp).split(rows, rank // tp, dim=0)
+    return mine.chunk(tp)[rank % tp].reshape(-1, whole.shape[-1])
 
 
 def kept_of_micro_batch(

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from megatron_ext.context import zigzag
 from megatron_ext.moe.capacity import (
     expert_capacity,
     in_sequence_order,
     kept,
     own_shard,
-    zigzag_order,
 )
 
 
@@ -67,8 +67,8 @@ def test_shards_go_and_come_back(tp, cp):
     """[S=16, B=3] tokens cut as megatron-core does: zig-zag over cp, contiguous over tp."""
     seq, batch = 16, 3
     whole = torch.arange(seq * batch * 2).view(seq, batch, 2)
-    cut = whole[zigzag_order(seq, cp)].chunk(tp * cp)
-    shards = [part.reshape(-1, 2) for part in cut]
+    halves = [zigzag(cp).split(whole, rank, dim=0) for rank in range(cp)]
+    shards = [part.reshape(-1, 2) for half in halves for part in half.chunk(tp)]
     joined = in_sequence_order(shards, tp, batch)
     assert torch.equal(joined, whole.reshape(-1, 2))
     for rank, shard in enumerate(shards):
