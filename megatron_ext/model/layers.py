@@ -22,10 +22,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.multi_latent_attention import (
-    MLASelfAttention,
-    MLASelfAttentionSubmodules,
-)
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import (
@@ -40,6 +37,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_ext.model.attention import CoreAttention
 from megatron_ext.model.head_norm import HeadsNorm
+from megatron_ext.model.latent_attention import LatentAttention
 from megatron_ext.model.norm import Norm
 from megatron_ext.moe.experts import GroupedExperts
 from megatron_ext.moe.router import Router, RouterOptions
@@ -63,7 +61,7 @@ def _attention_spec(config, backend: LocalBackend) -> ModuleSpec:
     norm = backend.layer_norm() if config.qk_layernorm else IdentityOp
     if config.multi_latent_attention:
         return ModuleSpec(
-            module=MLASelfAttention,
+            module=LatentAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=MLASelfAttentionSubmodules(
                 linear_q_proj=linear,

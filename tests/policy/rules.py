@@ -23,7 +23,7 @@ LAYER = {
     "mesh": 2,
     "costs": 3,
     "moe": 4,
-    "context": 4,
+    "context": 3,
     "model": 5,
     "pipeline": 6,
     "optim": 6,
