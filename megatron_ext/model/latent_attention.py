@@ -1,10 +1,10 @@
 """Multi-latent attention whose shared rotary key gets its whole gradient under tensor parallelism.
 
 The down projection gives every token a compressed key/value and one rotary key that all heads share
-(DeepSeek-V2, arXiv:2405.04434, section 2.1). With local layers megatron-core 0.16.1 gathers both over
-tp; the rotary key then goes straight to the heads of each rank, and the gather's backward pass keeps
-only this rank's heads' share of its gradient (0.7% of the projection's gradient at tp 2, invisible in
-the loss). `tests/parity` holds the layout `tp2-sp+mla` that finds it.
+(DeepSeek-V2, arXiv:2405.04434, section 2.1). With local layers megatron-core 0.16.1 gathers both
+over tp; the rotary key then goes straight to the heads of each rank, and the gather's backward pass
+keeps only this rank's heads' share of its gradient (0.7% of the projection's gradient at tp 2,
+invisible in the loss). `tests/parity` holds the layout `tp2-sp+mla` that finds it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LatentAttention(MLASelfAttention):
             self.linear_kv_down_proj.register_forward_hook(self._whole_rows)
 
     def _whole_rows(self, module, inputs, output: tuple[Tensor, Tensor | None]):
-        """[S, B, (R + P) / tp] -> [S / tp, B, R + P], or [S, B, R + P] without sequence parallelism."""
+        """[S, B, (R + P) / tp] -> whole rows, [S / tp, B, R + P] with sequence parallelism."""
         rows = gather_from_tensor_model_parallel_region(output[0])
         if self.config.sequence_parallel:
             return scatter_to_sequence_parallel_region(rows), output[1]
