@@ -157,6 +157,27 @@ def reduce_scatter_of_uneven_pieces() -> None:
     mappings._reduce_scatter_along_first_dim = reduce_scatter
 
 
+def future_tokens_of_all_context_ranks() -> None:
+    """The multi-token-prediction loss divides a cp rank's sum by its own number of tokens, which
+    differs from rank to rank (the sequence's last token has no future; masks): divide by the mean
+    over cp, so that the average over dp x cp is the loss of the whole sequence.
+    """
+    from megatron.core.models.gpt import gpt_model
+
+    stock = gpt_model.roll_tensor
+
+    def roll(tensor, shifts=-1, dims=-1, cp_group=None, packed_seq_params=None):
+        rolled, total = stock(tensor, shifts, dims, cp_group, packed_seq_params)
+        is_mask = tensor.is_floating_point()
+        if is_mask and cp_group is not None and cp_group.size() > 1:
+            total = total.clone()
+            torch.distributed.all_reduce(total, group=cp_group)
+            total = total / cp_group.size()
+        return rolled, total
+
+    gpt_model.roll_tensor = roll
+
+
 PARTS = (
     "megatron.core.dist_checkpointing",
     "megatron.core.distributed",
@@ -186,6 +207,7 @@ def apply(kind: str) -> None:
     latent_attention_without_transformer_engine()
     recompute_without_fp8()
     expert_bias_of_layers_that_differ()
+    future_tokens_of_all_context_ranks()
     if kind == "cpu":
         split_sizes_as_lists()
         random_state_of_the_cpu()
