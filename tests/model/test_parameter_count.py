@@ -1,4 +1,4 @@
-"""The counted parameters are those of the built model, on every pipeline stage of several layouts."""
+"""The counted parameters are those of the built model, on every stage of several layouts."""
 
 import pytest
 
