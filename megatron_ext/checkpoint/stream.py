@@ -11,7 +11,6 @@ what a run saves: pieces have global names and places (see the package's docstri
 from __future__ import annotations
 
 import contextlib
-import io
 import shutil
 import time
 import uuid
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_ext.checkpoint import folder
 from megatron_ext.checkpoint.loader import read_metadata
@@ -39,7 +39,7 @@ from megatron_ext.checkpoint.writer import Shard, write_metadata
 from megatron_ext.errors import DataError
 
 Box = tuple[int, ...]
-KEPT_PIECES = 4
+KEPT_PIECES = 2
 """Stored pieces that `StoredTensors` keeps: one piece may hold many experts that are asked for in
 turn.
 """
@@ -93,9 +93,13 @@ class StoredTensors:
         """
         shape = self.shape(name)
         place, size = place or (0,) * len(shape), size or shape
+        chunks = self._metadata.state_dict_metadata[name].chunks
+        for chunk in chunks:
+            if (tuple(chunk.offsets), tuple(chunk.sizes)) == (place, size):
+                return self._load(name, chunk)
         target = torch.empty(size, dtype=self.dtype(name))
         covered = 0
-        for chunk in self._metadata.state_dict_metadata[name].chunks:
+        for chunk in chunks:
             both = _overlap((place, size), (tuple(chunk.offsets), tuple(chunk.sizes)))
             if both is None:
                 continue
@@ -108,16 +112,21 @@ class StoredTensors:
         return target
 
     def _stored(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        """A stored piece of which a part is wanted: the next parts will be asked for soon."""
         index = MetadataIndex(name, chunk.offsets)
-        if index in self._kept:
-            self._kept.move_to_end(index)
-            return self._kept[index]
-        info = self._metadata.storage_data[index]
+        if index not in self._kept:
+            while len(self._kept) >= KEPT_PIECES:
+                self._kept.popitem(last=False)
+            self._kept[index] = self._load(name, chunk)
+        self._kept.move_to_end(index)
+        return self._kept[index]
+
+    def _load(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        info = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
         try:
             with open(self.path / info.relative_path, "rb") as file:
-                file.seek(info.offset)
-                content = io.BytesIO(file.read(info.length))
-            tensor = torch.load(content, map_location="cpu", weights_only=True)
+                view = _create_file_view(file, info.offset, info.length)
+                tensor = torch.load(view, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged archive may raise anything
             raise DataError(
                 f"checkpoint cannot be read: {name}: {error}", path=self.path
@@ -126,9 +135,6 @@ class StoredTensors:
             raise DataError(
                 f"checkpoint is damaged: a piece of {name} is {tuple(tensor.shape)}", path=self.path
             )
-        self._kept[index] = tensor
-        if len(self._kept) > KEPT_PIECES:
-            self._kept.popitem(last=False)
         return tensor
 
 

@@ -1,8 +1,8 @@
 """safetensors shards of a folder: headers read and checked first, tensors one at a time.
 
-Reading goes through the safetensors library. Writing is done here, since that library wants a whole
-shard in memory: 8 bytes header length, the header (JSON: name -> dtype, shape, byte range), the
-bytes.
+The format is small: 8 bytes header length, the header (JSON: name -> dtype, shape, byte range), the
+bytes. The safetensors library writes whole shards from memory and maps whole shards when it reads;
+here a shard may be larger than memory, so one tensor's bytes are moved at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ext.errors import DataError
@@ -46,10 +45,13 @@ class Stored:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """The header of one file, checked against the file's size. Raises DataError."""
+def _header(path: Path) -> dict[str, Stored]:
+    """The tensors of one file: their bytes lie one after the other up to its end. Raises
+    DataError.
+    """
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -57,10 +59,19 @@ def _header(path: Path) -> dict[str, Any]:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        found, end = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = entry["data_offsets"]
+            shape = tuple(int(size) for size in entry["shape"])
+            dtype = DTYPES.get(entry["dtype"])
+            size = last - first if dtype is None else torch.Size(shape).numel() * dtype.itemsize
+            if first != end or last - first != size or min(shape, default=0) < 0:
+                raise ValueError(f"{name} lies at bytes {first} to {last}")
+            found[name] = Stored(path, entry["dtype"], shape, 8 + length + first)
+            end = last
         if path.stat().st_size != 8 + length + end:
             raise ValueError(f"{path.stat().st_size} bytes, the header says {8 + length + end}")
-        return header
+        return found
     except FileNotFoundError:
         raise DataError(
             f"shard {path.name} is missing", do="fetch the folder again", path=path.parent
@@ -94,7 +105,7 @@ def _files(folder: Path) -> dict[str, set[str]]:
 
 
 class Shards:
-    """The tensors of a folder by name; files are opened one at a time."""
+    """The tensors of a folder by name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -108,11 +119,10 @@ class Shards:
                     do="fetch the folder again",
                     path=folder,
                 )
-            for name, entry in header.items():
-                if name in self.tensors:
-                    raise DataError(f"{name} is in two shards", path=folder)
-                self.tensors[name] = Stored(folder / file, entry["dtype"], tuple(entry["shape"]))
-        self._open: tuple[Path, Any] | None = None
+            twice = sorted(set(header) & set(self.tensors))
+            if twice:
+                raise DataError(f"{twice[0]} is in two shards", path=folder)
+            self.tensors |= header
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor. Raises DataError where torch has none."""
@@ -123,14 +133,19 @@ class Shards:
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """A tensor, or its slice `index` of the first dim."""
-        path = self.tensors[name].file
+        stored = self.tensors[name]
+        shape = stored.shape if index is None else stored.shape[1:]
+        tensor = torch.empty(shape, dtype=self.dtype(name))
+        raw = tensor.view(-1).view(torch.uint8).numpy()
         try:
-            if self._open is None or self._open[0] != path:
-                self._open = (path, safe_open(path, framework="pt"))
-            file = self._open[1]
-            return file.get_tensor(name) if index is None else file.get_slice(name)[index]
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{name} cannot be read: {error}", path=path) from error
+            with open(stored.file, "rb") as file:
+                file.seek(stored.offset + (index or 0) * raw.nbytes)
+                count = file.readinto(raw.data)
+        except OSError as error:
+            raise DataError(f"{name} cannot be read: {error}", path=stored.file) from error
+        if count != raw.nbytes:
+            raise DataError(f"{name} is cut off", path=stored.file)
+        return tensor
 
 
 def plan(sizes: Mapping[str, int], largest: int) -> list[list[str]]:
