@@ -134,9 +134,9 @@ def _loss(cfg: RunConfig, kind: str, coefficient: float) -> str:
             f"{kind} coefficient {coefficient:g}" if kind.endswith("loss") else f"routing: {kind}"
         )
     scale = cfg.moe.moe_global_aux_scale
-    ranks = cfg.parallel.data_parallel_size * cfg.parallel.context_parallel_size
-    effective = coefficient if scale == "exact" else coefficient / ranks
+    dp = cfg.parallel.data_parallel_size  # cp is no part of it: megatron-core multiplies by cp
+    effective = coefficient if scale == "exact" else coefficient / dp
     return (
         f"{kind} coefficient {coefficient:g}, effective {effective:g}"
-        f" (--moe-global-aux-scale {scale}, dp*cp {ranks})"
+        f" (--moe-global-aux-scale {scale}, dp {dp})"
     )

@@ -164,7 +164,7 @@ def _attention(cfg: RunConfig, tp: int) -> int:
     if t.add_bias_linear:
         count += t.hidden_size
     if cfg.model.qk_layernorm_over_heads:
-        count += (queries + keys) // tp
+        count += queries + keys
     elif t.qk_layernorm and not t.qk_l2_norm:
         count += 2 * _norm(cfg, t.kv_channels)
     if t.softmax_type == "learnable":

@@ -31,7 +31,7 @@ def test_eight_thousand_ranks_in_a_second():
 
 def test_megatrons_strength_is_shown():
     text = dry_run(config(models.DEEPSEEK_V3, V3_GRID + " --moe-global-aux-scale megatron"))
-    assert "effective 1.95313e-05 (--moe-global-aux-scale megatron, dp*cp 512)" in text
+    assert "effective 1.95313e-05 (--moe-global-aux-scale megatron, dp 512)" in text
 
 
 def test_one_rank_and_an_unknown_vocabulary():

@@ -125,8 +125,7 @@ class MoeSection:
 
     moe_global_aux_scale: Literal["exact", "megatron"] = "exact"
     """Strength of the global-batch load-balancing gradient. exact: its coefficient at any number
-    of ranks; megatron: coefficient / (dp*cp), as megatron-core 0.16.1 does, for recipes tuned
-    there."""
+    of ranks; megatron: coefficient / dp, as megatron-core 0.16.1 does, for recipes tuned there."""
 
     moe_global_aux_mode: Literal["running", "exact"] = "running"
     """Counts behind the global-batch loss. running: of the micro-batches so far (the paper's);
