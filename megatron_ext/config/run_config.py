@@ -175,7 +175,9 @@ class RunConfig:
         for name, section in shown.items():
             lines.append(f"{name}:")
             for attribute, entry in section.items():
-                lines.append(f"  {attribute}: {json.dumps(entry['value'])}  # {entry['origin']}")
+                text = f"  {attribute}: {json.dumps(entry['value'])}  # {entry['origin']}"
+                # what this launch's environment said is no setting of the next one
+                lines.append(f"# {text}" if entry["origin"] == "environment" else text)
         return "\n".join(lines) + "\n"
 
 
