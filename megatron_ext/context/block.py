@@ -78,7 +78,7 @@ def backward(
         unused = torch.zeros((), dtype=torch.int64, device=q.device)
         lengths = (None, None, q.shape[2], k.shape[2])
         dq, dk, dv = _CUDA_BACKWARD(
-            dout, q, k, v, out, lse, *lengths, 0.0, causal, unused, unused, scale=scale
+            dout, q, k, v, out, lse.contiguous(), *lengths, 0.0, causal, unused, unused, scale=scale
         )
     return dq[..., : widths[0]], dk[..., : widths[0]], dv[..., : widths[1]]
 

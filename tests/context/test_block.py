@@ -77,3 +77,21 @@ def test_large_scores_do_not_overflow():
     for part in (slice(0, 2), slice(2, 4)):
         out, lse = block.forward(q * 1e4, k[:, :, part], v[:, :, part], scale=1.0, causal=False)
         assert torch.isfinite(block.merge(out, lse, out, lse - 1e5)[0]).all()
+
+
+@pytest.mark.needs_gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("size", [(64, 64, 4, 2, 32, 32), (48, 80, 4, 1, 24, 16)])
+def test_cuda_kernel_equals_the_plain_path(size):
+    """bf16: four roundings, 2^-7 of the norm (see test_strategies.py)."""
+    q, k, v, dout = (x.cuda() for x in _tensors(size, torch.bfloat16))
+    causal = size[0] == size[1]
+    seen = torch.ones(*size[:2], dtype=torch.bool, device="cuda")
+    plain = (seen.tril() if causal else seen)[None, None]
+    answers = []
+    for allowed in (None, plain):
+        options = {"scale": 0.3, "causal": causal, "allowed": allowed}
+        out, lse = block.forward(q, k, v, **options)
+        answers.append((out, lse, *block.backward(dout, q, k, v, out, lse, **options)))
+    for got, wanted in zip(*answers):
+        assert (got.float() - wanted.float()).norm() < 2**-7 * wanted.float().norm()
