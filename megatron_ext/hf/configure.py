@@ -11,7 +11,7 @@ import yaml
 
 from megatron_ext.config import RunConfig, parse
 from megatron_ext.config.flags import members
-from megatron_ext.errors import DataError
+from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.hf import positions
 from megatron_ext.hf.architectures import ARCHITECTURES, Architecture, by_model_type
 from megatron_ext.hf.architectures.decoder import sliding_layers
@@ -20,31 +20,24 @@ from megatron_ext.hf.source import Source
 
 RUN = {"micro_batch_size": 1, "train_iters": 1000, "lr": 1e-5}
 """What a run needs besides its model; the first things to change."""
-NOT_THE_NETWORK = frozenset(
-    """seq_length moe_token_dispatcher_type moe_grouped_gemm moe_router_dtype moe_z_loss_coeff
-    moe_router_load_balancing_type moe_aux_loss_coeff attention_dropout hidden_dropout
-    moe_router_bias_update_rate moe_per_layer_logging make_vocab_size_divisible_by padded_vocab_size
-    init_method_std embedding_init_method_std moe_input_jitter_eps recompute_granularity
-    recompute_method recompute_num_layers recompute_modules recompute_activations transformer_impl
-    attention_softmax_in_fp32 moe_layer_recompute use_rotary_position_embeddings ffn_hidden_size
-    moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy
-    bias_swiglu_fusion bias_gelu_fusion bias_dropout_fusion masked_softmax_fusion apply_rope_fusion
-    moe_permute_fusion moe_router_fusion persist_layer_norm gradient_accumulation_fusion test_mode
-    fp32_residual_connection attention_backend vocab_size deterministic_mode perform_initialization
-    calculate_per_token_loss yarn_beta_fast yarn_beta_slow yarn_original_max_position_embeddings
-    yarn_correction_range_round_to_int original_max_position_embeddings beta_fast beta_slow mscale
-    mscale_all_dim rotary_scaling_factor group_query_attention cp_comm_type variable_seq_lengths
-    hetereogenous_dist_checkpoint deallocate_pipeline_outputs distribute_saved_activations
-    moe_flex_dispatcher_backend moe_enable_deepep moe_shared_expert_overlap use_cpu_initialization
-    account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
-    microbatch_group_size_per_vp_stage num_layers_in_first_pipeline_stage
-    num_layers_in_last_pipeline_stage pipeline_model_parallel_layout moe_router_bias_update
-    moe_router_force_load_balancing moe_router_padding_for_fp8 moe_router_padding_for_quantization
-    overlap_p2p_comm batch_p2p_comm defer_embedding_wgrad_compute
+NETWORK = frozenset(
+    """num_layers mtp_num_layers hidden_size num_attention_heads num_query_groups kv_channels
+    softmax_scale softmax_type window_size attention_output_gate no_rope_freq
+    experimental_attention_variant linear_attention_freq apply_query_key_layer_scaling
+    multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
+    normalization layernorm_epsilon layernorm_zero_centered_gamma qk_layernorm qk_l2_norm
+    qk_layernorm_over_heads apply_residual_connection_post_layernorm add_bias_linear add_qkv_bias
+    swiglu squared_relu quick_geglu glu_linear_offset activation_func_clamp_value
+    position_embedding_type add_position_embedding rotary_interleaved heterogeneous_block_specs
+    untie_embeddings_and_output_weights num_moe_experts moe_ffn_hidden_size moe_latent_size
+    moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_topk moe_router_num_groups
+    moe_router_group_topk moe_router_pre_softmax moe_router_score_function
+    moe_router_enable_expert_bias moe_apply_probs_on_input
     """.split()
 )
-"""Members of the model's sections that change neither weights nor logits, or are compared through
-another one (positions: by their config.json)."""
+"""What decides which weights there are and what the logits are, besides what `network` adds: which
+layers have experts and windows, positions, and scales that have two spellings. Not in it: sizes of
+the vocabulary and of dense layers, which the tensors' shapes show."""
 
 
 def architecture_of(c: Source) -> Architecture:
@@ -84,7 +77,7 @@ def network(cfg: RunConfig) -> dict[str, Any]:
         for member in members()[section]:
             if member.mla_only and not cfg.transformer.multi_latent_attention:
                 continue
-            if member.name not in NOT_THE_NETWORK:
+            if member.name in NETWORK:
                 found[member.name] = getattr(getattr(cfg, section), member.name)
     found["moe_layer_freq"] = moe_layers(cfg)
     found["window_attn_skip_freq"] = sliding_layers(cfg)
@@ -93,8 +86,7 @@ def network(cfg: RunConfig) -> dict[str, Any]:
     if kept:
         found["moe_router_group_score_experts"] = best or cfg.transformer.moe_router_topk // kept
     if cfg.model.position_embedding_type == "learned_absolute":
-        return found
-    found.pop("max_position_embeddings", None)
+        return found | {"max_position_embeddings": cfg.model.max_position_embeddings}
     return found | positions.config(cfg)["rope_parameters"]
 
 
@@ -117,6 +109,11 @@ def config_of(cfg: RunConfig, wanted: str | None = None) -> tuple[Architecture, 
 
     Raises DataError naming what no family can express.
     """
+    known = by_model_type()
+    if wanted is not None and wanted not in known:
+        raise ConfigError(
+            f"--architecture {wanted} is not supported", do=f"use one of {', '.join(known)}"
+        )
     tried = {}
     for one in ARCHITECTURES:
         if wanted not in (None, one.model_type):

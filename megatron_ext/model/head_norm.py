@@ -3,7 +3,9 @@
 megatron-core's qk-layernorm normalises each head by itself with one weight of the head's size; here
 the mean square is over N heads x D and the weight has N*D numbers (Muennighoff et al. 2024,
 arXiv:2409.02060). The heads are split over tp: each rank adds its squares to a sum over tp, so that
-the result is that of one rank.
+the result is that of one rank. Every rank holds the whole weight and uses its heads' part, because
+megatron-core sums the gradient of whatever is called q_layernorm or k_layernorm over tp: the other
+parts' gradients are zero, and the sum is right.
 """
 
 from __future__ import annotations
@@ -14,30 +16,24 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_ext.device import current_device
 
 
-class HeadsNorm(MegatronModule):
-    """x [S, B, n, D] of the n heads of this tp rank -> x * w / sqrt(mean over all heads of x^2 +
-    eps).
+class HeadsNorm(nn.Module):
+    """x [S, B, n, D] of this tp rank's n heads -> x * w / sqrt(mean over all heads of x^2 + eps).
 
     `num_heads` counts the heads of all ranks. The statistics are fp32.
     """
 
     def __init__(self, config, hidden_size: int, eps: float, num_heads: int) -> None:
-        super().__init__(config=config)
+        super().__init__()
         self.eps = eps
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.width = num_heads * hidden_size
-        local = self.width // self.tp_group.size()
-        weight = torch.ones(local, dtype=config.params_dtype, device=current_device())
+        weight = torch.ones(self.width, dtype=config.params_dtype, device=current_device())
         self.weight = nn.Parameter(weight)
-        self.weight.tensor_model_parallel = True
-        self.weight.partition_dim, self.weight.partition_stride = 0, 1
 
     def forward(self, x_SBND: Tensor) -> Tensor:
         x = x_SBND.float()
@@ -47,15 +43,5 @@ class HeadsNorm(MegatronModule):
             squares = reduce_from_tensor_model_parallel_region(squares)
             squares = copy_to_tensor_model_parallel_region(squares)
         normal = (x * torch.rsqrt(squares / self.width + self.eps)).to(x_SBND.dtype)
-        return normal * self.weight.to(x_SBND.dtype).view(x_SBND.shape[-2:])
-
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """The weight is split over tp by heads."""
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=(metadata or {}).get("dp_cp_group"),
-        )
+        mine = self.weight.chunk(self.tp_group.size())[self.tp_group.rank()]
+        return normal * mine.to(x_SBND.dtype).view(x_SBND.shape[-2:])
