@@ -1,4 +1,4 @@
-"""The norm over all heads: its formula on one rank; the same output and gradients on two tp ranks."""
+"""The norm over all heads: its formula on one rank; output and gradients the same on two."""
 
 from types import SimpleNamespace
 
