@@ -15,7 +15,7 @@ class Forward(Worker):
 
     def __init__(self, job: Attention, q, k, v, sink_N: Tensor | None) -> None:
         super().__init__(job, q.shape, k.shape, v.shape, dtype=q.dtype, device=q.device)
-        self.sink_N = sink_N
+        self.sink_N, self.wanted = sink_N, frozenset(self.plan.saved)
         self.sums: dict[Key, tuple[Tensor, Tensor]] = {}
         self.finals: dict[Key, tuple[Tensor, Tensor]] = {}
         self.results: dict[Key, Tensor] = {}
@@ -31,7 +31,7 @@ class Forward(Worker):
         if len(self.heads) > 1:
             tensors = tuple(x.contiguous() for x in tensors)
         self.table[piece] = tensors
-        if piece in self.plan.saved:
+        if piece in self.wanted:
             self.saved[piece] = tensors
 
     def compute(self, compute: Compute) -> None:

@@ -62,8 +62,8 @@ def curves(tmp_path_factory):
     def train(ranks: int, flags: str) -> dict[str, list[float]]:
         if (ranks, flags) not in known:
             where = tmp_path_factory.mktemp("run")
-            argv = [*TINY, "--train-iters", str(STEPS), "--run-dir", str(where), *flags.split()]
-            run_ranks(pretrain, ranks, argv)
+            size = ["--global-batch-size", "4", "--train-iters", str(STEPS)]
+            run_ranks(pretrain, ranks, [*TINY, *size, "--run-dir", str(where), *flags.split()])
             keys = ("lm_loss", "val_loss", "mtp_loss", "grad_norm", "z_loss", "load_balancing_loss")
             known[ranks, flags] = {key: read_metrics(where, key) for key in keys}
         return known[ranks, flags]
