@@ -62,12 +62,15 @@ def _check_world_size(asked: int) -> None:
 
 
 @contextlib.contextmanager
-def process_groups(parallel, device: Device, seed: int) -> Iterator[None]:
+def process_groups(
+    parallel, device: Device, seed: int, cp_levels: list[int] | None = None
+) -> Iterator[None]:
     """The groups of `parallel` (cfg.parallel) on all ranks; destroyed on the way out, also after an
     error.
 
-    Seeds megatron-core's random trackers. Errors: RendezvousError (69) when the ranks do not find
-    each other.
+    Seeds megatron-core's random trackers. `cp_levels`: --hierarchical-context-parallel-sizes, whose
+    groups Transformer Engine's attention uses. Errors: RendezvousError (69) when the ranks do not
+    find each other.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -81,6 +84,7 @@ def process_groups(parallel, device: Device, seed: int) -> Iterator[None]:
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
+            hierarchical_context_parallel_sizes=cp_levels,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
             num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
