@@ -25,8 +25,7 @@ def pretrain(cfg: RunConfig) -> None:
     from megatron_ext.train import setup
     from megatron_ext.train.loop import Run, evaluate_at_end, train
 
-    cp_levels = cfg.transformer.hierarchical_context_parallel_sizes
-    with process_groups(cfg.parallel, device, cfg.train.seed, cp_levels):
+    with process_groups(cfg.parallel, device, cfg.train.seed, setup.context_levels(cfg)):
         where = setup.run_directory(cfg)
         tokenizer = agree(lambda: setup.tokenizer(cfg))
         words = vocabulary(cfg, tokenizer.vocab_size)

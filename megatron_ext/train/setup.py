@@ -43,6 +43,14 @@ def run_directory(cfg: RunConfig) -> RunDirectory:
     return where
 
 
+def context_levels(cfg: RunConfig) -> list[int] | None:
+    """--hierarchical-context-parallel-sizes where Transformer Engine's attention needs groups for
+    them (megatron-core wants einops then); local attention exchanges over one group.
+    """
+    use_te = cfg.model.transformer_impl == "transformer_engine"
+    return cfg.transformer.hierarchical_context_parallel_sizes if use_te else None
+
+
 def tokenizer(cfg: RunConfig) -> Tokenizer:
     """The tokenizer of the flags; mock data without one gets a NullTokenizer over --vocab-size."""
     data = cfg.data
