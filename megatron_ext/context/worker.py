@@ -6,6 +6,7 @@ this tp rank. A piece is [B, heads, chunk length, width].
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -79,7 +80,7 @@ def _joined(pieces: list[Tensor]) -> Tensor:
     return first.as_strided(size, first.stride())
 
 
-class Worker:
+class Worker(ABC):
     """The step loop, the table of pieces and the accumulators of one pass on one rank."""
 
     def __init__(
@@ -141,14 +142,18 @@ class Worker:
             for piece in step.release:
                 self.table.pop(piece, None)
 
+    @abstractmethod
     def outgoing(self, move: Move) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+        """What this rank sends for `move`."""
 
+    @abstractmethod
     def buffers(self, move: Move) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+        """Where the tensors of `move` are received."""
 
+    @abstractmethod
     def arrived(self, move: Move, tensors: tuple[Tensor, ...]) -> None:
-        raise NotImplementedError
+        """Take what `move` has brought."""
 
+    @abstractmethod
     def compute(self, compute: Compute) -> None:
-        raise NotImplementedError
+        """Do one step's work."""
