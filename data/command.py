@@ -18,3 +18,15 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises the usage error that argparse found."""
         raise ConfigError(message, do=f"{self.prog} --help")
+
+
+def add_json_keys(parser: argparse.ArgumentParser) -> None:
+    """--json-keys, for the programs that read documents."""
+    parser.add_argument(
+        "--json-keys",
+        "--json-key",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="the key of the text in jsonl lines, or the parquet column (default text)",
+    )

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from data import documents, indexed, shards
-from data.command import CommandLine
+from data.command import CommandLine, add_json_keys
 from data.scan import spot_sha256
 from data.storage import (
     HASH_CHUNK_BYTES,
@@ -231,14 +231,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="PREFIX",
         help="path without extension; what --data-path takes",
     )
-    made.add_argument(
-        "--json-keys",
-        "--json-key",
-        nargs="+",
-        default=["text"],
-        metavar="KEY",
-        help="the key of the text in jsonl lines, or the parquet column (default text)",
-    )
+    add_json_keys(made)
     made.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 from data import documents, foreign_tokenizers, sentencepiece_model
-from data.command import CommandLine
+from data.command import CommandLine, add_json_keys
 from data.storage import make_folder
 from megatron_ext.errors import ConfigError, exit_on_fatal
 
@@ -183,14 +183,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--model", type=Path, required=True, metavar="PATH", help="the .model file to write"
     )
-    train.add_argument(
-        "--json-keys",
-        "--json-key",
-        nargs="+",
-        default=["text"],
-        metavar="KEY",
-        help="the key of the text in jsonl lines, or the parquet column (default text)",
-    )
+    add_json_keys(train)
     train.add_argument(
         "--max-bytes",
         type=int,

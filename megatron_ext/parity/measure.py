@@ -85,6 +85,13 @@ def gradient_pieces(chunks: Sequence[nn.Module]) -> Iterator[Piece]:
                 yield piece.key, tuple(piece.global_shape), tuple(piece.global_offset), values
 
 
+def index_of(shape: tuple[int, ...], place: tuple[int, ...], values: np.ndarray) -> tuple:
+    """Where a piece lies in its global tensor: an index per prepended axis, slices for the rest."""
+    lead = len(shape) - values.ndim
+    slices = (slice(start, start + size) for start, size in zip(place[lead:], values.shape))
+    return (*place[:lead], *slices)
+
+
 def assemble(pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
     """Whole gradients by name; NaN where no rank held a part. Experts of one layer come in many
     pieces.
@@ -93,11 +100,7 @@ def assemble(pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
     for name, shape, place, values in pieces:
         if name not in whole:
             whole[name] = np.full(shape, np.nan, dtype=np.float32)
-        lead = len(shape) - values.ndim
-        index = tuple(place[:lead]) + tuple(
-            slice(start, start + size) for start, size in zip(place[lead:], values.shape)
-        )
-        whole[name][index] = values
+        whole[name][index_of(shape, place, values)] = values
     return whole
 
 

@@ -22,7 +22,7 @@ from megatron_ext.parity.compare import (
     rounding_of,
     tensor_difference,
 )
-from megatron_ext.parity.measure import Measurement, assemble, measure
+from megatron_ext.parity.measure import Measurement, assemble, index_of, measure
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,7 @@ def first_rank_that_differs(
         for key, shape, place, values in one.pieces:
             if key != name or len(shape) != wanted.ndim:
                 continue
-            lead = len(shape) - values.ndim
-            index = tuple(place[:lead]) + tuple(
-                slice(begin, begin + size) for begin, size in zip(place[lead:], values.shape)
-            )
-            expected = wanted[index]
+            expected = wanted[index_of(shape, place, values)]
             if tensor_difference(values, expected) > tolerance:
                 return rank
     return None
