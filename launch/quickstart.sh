@@ -3,7 +3,7 @@
 #
 #   .venv                      the environment, from requirements.txt (PYTHON and VENV choose others)
 #   runs/quickstart/data       corpus, tokenizer and token files, made from the Python library on this machine
-#   runs/quickstart            logs, metrics, TensorBoard files, checkpoints, a sample
+#   runs/quickstart            logs, metrics, TensorBoard files, checkpoints, a sample, report.html
 #
 # What exists is reused. Run again, it resumes from the last checkpoint and trains on;
 # `rm -r runs/quickstart` starts from the beginning.
@@ -79,6 +79,8 @@ headline 5 "what the model writes after \"def \""
   --device cpu >"$run/sample.tmp"
 mv "$run/sample.tmp" "$run/sample.txt"
 say "in $run/sample.txt"
+"$python" -m megatron_ext.observe.report "$run" >/dev/null
+say "all curves, experts and one step's timeline: $run/report.html"
 
 printf '\n'
 "$python" -m megatron_ext.observe.summary "$run"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on this machine: bash launch/run.sh RANKS [flags of pretrain_moe.py...]
+# Train on this machine: bash launch/run.sh [--restarts N] RANKS [flags of pretrain_moe.py...]
 #   bash launch/run.sh 4 --config configs/quickstart.yaml --train-iters 20
 # Exit codes are those of the program (64 usage, 65 data, 73 locked, 74 disk, ...; megatron_ext/errors.py).
 # PYTHON names the interpreter; without it, the quickstart's .venv, an active environment, or python3.

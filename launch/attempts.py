@@ -1,0 +1,211 @@
+"""One launch: attempts of the same run until it ends or is not worth another."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launch import warm
+from launch.ranks import FORWARDED, Failure, Ranks
+from launch.reason import Reason, newest_checkpoint
+from launch.restarts import Budget
+from launch.words import Options
+from megatron_ext.errors import (
+    EXIT_REASON,
+    INTERNAL_BUG,
+    Preempted,
+    RendezvousError,
+    ResourceError,
+)
+
+RENDEZVOUS = 69
+BY_CTRL_C = 130
+STORE_FD = "PRETRAIN_MOE_STORE_FD"
+ATTEMPT = "PRETRAIN_MOE_ATTEMPT"
+
+
+def say(text: str) -> None:
+    """A line of the launcher's own."""
+    sys.stderr.write(f"launch: {text}\n")
+    sys.stderr.flush()
+
+
+def open_socket(endpoint: tuple[str, int] | None) -> socket.socket:
+    """The socket on which rank 0 will serve the store: any free port of the loopback, or the
+    endpoint's on all addresses. Raises RendezvousError where that is in use.
+    """
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(("127.0.0.1", 0) if endpoint is None else ("", endpoint[1]))
+    except OSError as error:
+        listening.close()
+        raise RendezvousError(
+            f"port {endpoint and endpoint[1]} of this machine: {error.strerror}",
+            do="name another port with --rdzv-endpoint HOST:PORT",
+        ) from error
+    listening.listen(4096)
+    listening.set_inheritable(True)
+    return listening
+
+
+def rank_environment(options: Options, local_rank: int, attempt: int) -> dict[str, str]:
+    """torchrun's variables for one rank but the address, and one thread where OMP_NUM_THREADS says
+    nothing.
+    """
+    defaults = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return {
+        **defaults,
+        **os.environ,
+        "RANK": str(options.node_rank * options.num_ranks + local_rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(options.world_size),
+        "LOCAL_WORLD_SIZE": str(options.num_ranks),
+        ATTEMPT: os.environ.get(ATTEMPT, str(attempt)),
+    }
+
+
+class Launch:
+    """A run from its first start to its exit code.
+
+    Args:
+        cfg: what `flags` mean.
+        flags: of the program, the number of ranks among them.
+        program: pretrain_moe.py.
+    """
+
+    def __init__(self, cfg: Any, options: Options, flags: list[str], program: Path) -> None:
+        self._options, self._flags, self._program = options, flags, program
+        self._device = cfg.parallel.device
+        self._run = Path(cfg.observe.run_dir)
+        self._save = Path(cfg.checkpoint.save or self._run / "checkpoints")
+        self._has_saves = bool(cfg.checkpoint.save_interval)
+        self._ranks = Ranks(self._failed)
+        self._reason: Reason | None = None
+        self._is_warm = False
+        self._num_interrupts = 0
+        self._asked: signal.Signals | None = None
+
+    def run(self) -> int:
+        """All attempts; the exit code of the last."""
+        for number in (*FORWARDED, signal.SIGALRM):
+            signal.signal(number, self._on_signal)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        if not self._options.srun and not self._options.cold and warm.can_fork(self._device):
+            self._is_warm = warm.load()
+        budget = Budget(self._options.restarts)
+        if budget.limit and not self._has_saves:
+            say("--restarts without --save-interval: every restart begins at the first step")
+        attempt = 0
+        while True:
+            code, step = self._attempt(attempt)
+            refusal = budget.refuses(code, step, newest_checkpoint(self._save))
+            if refusal is not None or self._asked:
+                break
+            attempt += 1
+            say(f"restart {attempt} after code {code} at step {step}")
+        if refusal:
+            say(f"not started again: {refusal}")
+        return code
+
+    def _attempt(self, attempt: int) -> tuple[int, int | None]:
+        """(exit code, step of the failure) of one start of all ranks."""
+        if self._asked:
+            raise Preempted(f"{self._asked.name} came before the ranks started", do="start again")
+        is_owner = EXIT_REASON not in os.environ  # else a launcher above reads and publishes it
+        name = os.environ.get(ATTEMPT, str(attempt))
+        self._reason = Reason(self._run, name)
+        if is_owner:
+            self._reason.prepare()
+        else:
+            self._reason.path = Path(os.environ[EXIT_REASON])
+        try:
+            self._start(attempt)
+        except (ResourceError, RendezvousError):
+            self._ranks.kill()
+            self._ranks.wait()
+            raise
+        first = self._ranks.wait()
+        if first is None:
+            return 0, None
+        reason = self._reason.read() or {}
+        if is_owner:
+            self._reason.publish()
+        if self._num_interrupts > 1:
+            return BY_CTRL_C, None
+        return self._code(first, reason), reason.get("step")
+
+    def _code(self, first: Failure, reason: Mapping[str, Any]) -> int:
+        """A rank's own word counts, but not the errors of those that a killed rank left behind."""
+        said = int(reason.get("code", first.code))
+        is_consequence = said in (INTERNAL_BUG, RENDEZVOUS) and reason.get("pid") != first.pid
+        return first.code if first.code > 128 and is_consequence else said
+
+    def _start(self, attempt: int) -> None:
+        if self._options.srun:
+            self._start_srun(attempt)
+            return
+        endpoint = self._options.endpoint
+        listening = open_socket(endpoint) if self._options.node_rank == 0 else None
+        if listening is not None and endpoint is None:
+            endpoint = listening.getsockname()
+        address = {"MASTER_ADDR": endpoint[0], "MASTER_PORT": str(endpoint[1])}
+        for local_rank in range(self._options.num_ranks):
+            environment = {**rank_environment(self._options, local_rank, attempt), **address}
+            environment[EXIT_REASON] = str(self._reason.path)
+            self._start_rank(environment, listening)
+        if listening is not None:
+            listening.close()
+
+    def _start_rank(self, environment: dict[str, str], listening: socket.socket | None) -> None:
+        rank, descriptors = int(environment["RANK"]), []
+        if rank == 0:
+            environment[STORE_FD] = str(listening.fileno())
+            descriptors = [listening.fileno()]
+        if self._is_warm:
+            self._ranks.fork(rank, environment, self._flags)
+            return
+        command = [sys.executable, str(self._program), *self._flags]
+        self._ranks.spawn(rank, command, environment, descriptors)
+
+    def _start_srun(self, attempt: int) -> None:
+        """This program on every node of the Slurm job, each for its own ranks."""
+        options = self._options
+        listing = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+        names = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()
+        host, port = options.endpoint or (names[0], 29_500)
+        endpoint = f"{host}:{port + attempt}"  # another port for each attempt
+        own = [sys.executable, str(self._program.parent / "launch/local.py")]
+        nodes = str(options.num_nodes)
+        rendezvous = ["--nnodes", nodes, "--rdzv-endpoint", endpoint]
+        cold = ["--cold"] if options.cold else []
+        srun = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--kill-on-bad-exit=1"]
+        words = [*srun, *own, *cold, *rendezvous, str(options.num_ranks), *self._options.flags]
+        shared = {EXIT_REASON: str(self._reason.path.resolve()), ATTEMPT: str(attempt)}
+        self._ranks.spawn(None, words, {**os.environ, **shared})
+
+    def _failed(self, first: Failure) -> None:
+        """Write down at once what a killed rank could not say, and say it to the user."""
+        is_ours = self._num_interrupts > 1
+        if first.rank is None or is_ours or 64 <= first.code < 80:
+            return
+        self._reason.write(first.code, first.rank, first.pid, str(first))
+        say(f"{first}; the other ranks were stopped")
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if number == signal.SIGALRM:
+            self._ranks.kill()
+            return
+        self._asked = signal.Signals(number)
+        self._num_interrupts += number == signal.SIGINT
+        if self._num_interrupts > 1:
+            self._ranks.kill()
+        else:
+            # srun passes USR1 and USR2 on; SIGTERM would end its step at once
+            self._ranks.send(signal.SIGUSR1 if self._options.srun else FORWARDED[self._asked])

@@ -1,0 +1,73 @@
+"""Where and why a run ended, from the files it leaves: exit_reason.json, metrics.jsonl, ckpts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from megatron_ext.errors import read_exit_reason, write_exit_reason
+
+
+def last_step(run: Path) -> int | None:
+    """The step of the last whole line of RUN/metrics.jsonl that has one, None without any."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65_536))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        with suppress(ValueError, TypeError):
+            record = json.loads(line)
+            if "lm_loss" in record:
+                return int(record["step"])
+    return None
+
+
+def newest_checkpoint(save: Path) -> int:
+    """The step of the newest finished checkpoint in `save`, -1 without one."""
+    names = (re.fullmatch(r"step_(\d{8,})", path.name) for path in save.glob("step_*"))
+    return max((int(name[1]) for name in names if name), default=-1)
+
+
+class Reason:
+    """exit_reason.json of one attempt: RUN/logs/exit_reason.attempt_N.json until the launch ends,
+    then also RUN/exit_reason.json.
+    """
+
+    def __init__(self, run: Path, attempt: str) -> None:
+        self._run = run
+        self.path = run / "logs" / f"exit_reason.attempt_{attempt}.json"
+
+    def prepare(self) -> None:
+        """Make the folder and forget the reasons of an earlier launch; a folder that cannot be made
+        is the program's to report.
+        """
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.unlink(missing_ok=True)
+            (self._run / "exit_reason.json").unlink(missing_ok=True)
+
+    def read(self) -> dict | None:
+        """What the first failing rank wrote."""
+        return read_exit_reason(self.path)
+
+    def write(self, code: int, rank: int | None, pid: int, what: str) -> None:
+        """For a rank that could not say it: killed, or gone without a word."""
+        step = last_step(self._run)
+        reason = {"code": code, "rank": rank, "step": None if step is None else step + 1}
+        where = {"time": time.time(), "host": socket.gethostname(), "pid": pid}
+        write_exit_reason({**reason, "what": what, "path": None, "do": "", **where}, self.path)
+
+    def publish(self) -> None:
+        """Leave it as RUN/exit_reason.json."""
+        temporary = self._run / f"exit_reason.json.{os.getpid()}"
+        with suppress(OSError):
+            shutil.copyfile(self.path, temporary)
+            os.replace(temporary, self._run / "exit_reason.json")
