@@ -13,6 +13,8 @@
                    vocabulary) of a      by weight)
                               domain)
 
+``data.executors`` does the work of ``prepare`` on many machines, with filters and deduplication.
+
 From text to batches in five lines::
 
     python -m data.corpus --out corpus

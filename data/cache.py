@@ -36,6 +36,12 @@ def manifest_of(facts: dict) -> dict:
     return {"format": FORMAT, "arrays": facts, "sha256": digest}
 
 
+def note_of(key: str, value: dict) -> dict:
+    """The content of a note's file: its hash covers the key, so that it is nobody else's note."""
+    digest = hashlib.sha256(json.dumps([key, value], sort_keys=True).encode()).hexdigest()
+    return {"format": FORMAT, "value": value, "sha256": digest}
+
+
 class IndexCache:
     """A folder of entries.
 
@@ -64,14 +70,16 @@ class IndexCache:
     def note(self, key: str, make: Callable[[], dict]) -> None:
         """As `ensure`, for a small JSON object."""
         if not self._unwritable and self.read_note(key) is None:
-            value = make()
+            note = note_of(key, make())
             self._write(
-                lambda: (make_folder(self.folder), write_json(self.folder / f"{key}.json", value))
+                lambda: (make_folder(self.folder), write_json(self.folder / f"{key}.json", note))
             )
 
     def read_note(self, key: str) -> dict | None:
-        """A small JSON object, or None."""
-        return read_json(self.folder / f"{key}.json")
+        """A small JSON object; None where it is missing, damaged or another entry's."""
+        note = read_json(self.folder / f"{key}.json") or {}
+        value = note.get("value")
+        return value if isinstance(value, dict) and note == note_of(key, value) else None
 
     def _write(self, action: Callable[[], object]) -> None:
         try:

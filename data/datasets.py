@@ -50,6 +50,8 @@ class _Opening:
     rules: Rules
     mmap: bool
     cache: IndexCache
+    complete: bool
+    """Hash every byte, however large the file is."""
     files: dict[str, IndexedFile] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -96,7 +98,8 @@ def open_datasets(
     blends = blends_of(data_cfg)
     mmap = getattr(data_cfg, "mmap_bin_files", True) is not False
     cache = cache_of(data_cfg, blends)
-    opening = _Opening(seq_length, seed, vocab_size, rules, mmap, cache)
+    complete = getattr(data_cfg, "data_hash", "sampled") == "complete"
+    opening = _Opening(seq_length, seed, vocab_size, rules, mmap, cache, complete)
     made = [
         _blended(opening, blends, data_cfg, split, count) for split, count in enumerate(num_samples)
     ]
@@ -176,7 +179,7 @@ def _read_split_arguments(path: Path) -> list[list[str] | None]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         lists = [value.get(name) for name in SPLIT_NAMES]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(
             f"--per-split-data-args-path cannot be read: {error}",
             do='write {"train": ["0.3", "prefix", ...], "valid": [...], "test": [...]}',
@@ -274,9 +277,10 @@ def _no_documents(opening: _Opening, data_cfg, split: int, documents: int) -> No
 def _build(opening: _Opening, made: Sequence[BlendedDataset | None]) -> None:
     """The builder's part: what the files hold, then the indices."""
     for file in opening.files.values():
-        key = scan.cache_key(file)
-        opening.cache.note(key, functools.partial(scan.examine, file))
-        _require_good(opening, file, opening.cache.read_note(key) or scan.examine(file))
+        key = scan.cache_key(file, opening.complete)
+        examine = functools.partial(scan.examine, file, opening.complete)
+        opening.cache.note(key, examine)
+        _require_good(opening, file, opening.cache.read_note(key) or examine())
     for dataset in made:
         if dataset is not None:
             dataset.build()
@@ -292,6 +296,6 @@ def _require_good(opening: _Opening, file: IndexedFile, found: dict) -> None:
 def _require_verdict(opening: _Opening) -> None:
     """All ranks: the builder's verdict on the files, as it left it in the cache."""
     for file in opening.files.values():
-        found = opening.cache.read_note(scan.cache_key(file))
+        found = opening.cache.read_note(scan.cache_key(file, opening.complete))
         if found is not None:
             _require_good(opening, file, found)

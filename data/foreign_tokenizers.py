@@ -153,7 +153,7 @@ def special_tokens_beside(folder: Path) -> dict[str, str]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         try:
             settings = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue  # the files are optional
         for key in ("eos_token", "bos_token"):
             value = settings.get(key)
@@ -194,7 +194,7 @@ class TikTokenizer:
             )
         try:
             ranks = json_ranks(content) if is_json else text_ranks(content)
-        except (ValueError, KeyError, TypeError, binascii.Error) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
             raise DataError(
                 f"not a tiktoken vocabulary: {error!r}",
                 do='give a JSON list of {"rank", "token_bytes", '

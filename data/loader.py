@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from data.samples import Dataset
+from data.skip import replaced
 
 POLL_S = 0.1
 DEFAULT_PREFETCH = 2
@@ -71,7 +72,7 @@ def positions_in_documents(documents_BS: np.ndarray) -> np.ndarray:
     return places - np.maximum.accumulate(changes, axis=1)
 
 
-def make_batch(dataset: Dataset, sample_ids: range) -> TokenBatch:
+def make_batch(dataset: Dataset, sample_ids: Sequence[int]) -> TokenBatch:
     """Reads samples and lays them out as tensors, by the dataset's rules for document ends."""
     rules = dataset.rules
     rows, domains, starts = zip(
@@ -93,7 +94,7 @@ def make_batch(dataset: Dataset, sample_ids: range) -> TokenBatch:
         loss_mask_BS=torch.from_numpy(mask.astype(np.float32)),
         position_ids_BS=torch.from_numpy(positions),
         document_ids_BS=torch.from_numpy(documents) if rules.reset_attention_mask else None,
-        sample_ids_B=torch.arange(sample_ids.start, sample_ids.stop, dtype=torch.int64),
+        sample_ids_B=torch.tensor(list(sample_ids), dtype=torch.int64),
         domain_ids_B=torch.tensor(domains, dtype=torch.int64),
     )
 
@@ -115,6 +116,7 @@ class MicroBatches:
         dataset: what `open_datasets` made.
         consumed_samples: samples that all ranks together have taken before; where a resume goes on.
         prefetch: micro-batches read ahead by one thread; 0 reads in the caller.
+        skip: samples (first, last) that another takes the place of; see data/skip.py.
     """
 
     def __init__(
@@ -125,11 +127,14 @@ class MicroBatches:
         dp_size: int,
         consumed_samples: int = 0,
         prefetch: int = DEFAULT_PREFETCH,
+        skip: Sequence[tuple[int, int]] = (),
     ):
         assert 0 <= dp_rank < dp_size, f"dp_rank {dp_rank} of {dp_size}"
         self.consumed_samples = consumed_samples
         self._step = micro_batch_size * dp_size
-        self._batches = _read(dataset, micro_batch_size, dp_rank, self._step, consumed_samples)
+        self._batches = _read(
+            dataset, micro_batch_size, dp_rank, self._step, consumed_samples, skip
+        )
         self._ahead = _ReadAhead(self._batches, prefetch) if prefetch else None
 
     def __iter__(self) -> Iterator[TokenBatch]:
@@ -157,11 +162,17 @@ class MicroBatches:
 
 
 def _read(
-    dataset: Dataset, micro_batch_size: int, dp_rank: int, step: int, first: int
+    dataset: Dataset,
+    micro_batch_size: int,
+    dp_rank: int,
+    step: int,
+    first: int,
+    skip: Sequence[tuple[int, int]],
 ) -> Iterator[TokenBatch]:
     """The micro-batches themselves."""
     while first + step <= len(dataset):
-        yield make_batch(dataset, micro_batch_ids(first, micro_batch_size, dp_rank))
+        ids = micro_batch_ids(first, micro_batch_size, dp_rank)
+        yield make_batch(dataset, [replaced(one, skip, len(dataset)) for one in ids])
         first += step
 
 

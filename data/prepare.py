@@ -17,7 +17,6 @@ import argparse
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -30,6 +29,7 @@ import numpy as np
 
 from data import documents, indexed, shards
 from data.command import CommandLine, add_json_keys
+from data.executors.flags import Asked, add_executor_flags, asked_of
 from data.scan import spot_sha256
 from data.storage import (
     HASH_CHUNK_BYTES,
@@ -43,7 +43,7 @@ from data.storage import (
 )
 from data.tokenizer import Tokenizer, add_tokenizer_flags, tokenizer_of
 from data.workers import run_shards
-from megatron_ext.errors import ConfigError, DataError, LockedError, exit_on_fatal
+from megatron_ext.errors import DataError, LockedError, exit_on_fatal
 
 FORMAT = 1
 INTERRUPTED = 130
@@ -58,6 +58,7 @@ class Job:
     key: str
     append_eod: bool
     tokenizer: Tokenizer
+    asked: Asked
 
     @property
     def parts(self) -> Path:
@@ -73,6 +74,7 @@ class Job:
         """Hash over inputs (path, size, time of change), tokenizer and options."""
         inputs = [(str(source.path), source.size, source.mtime_ns) for source in self.sources]
         settings = [FORMAT, self.key, self.append_eod, self.tokenizer.fingerprint, inputs]
+        settings += self.asked.changes_documents
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
@@ -86,7 +88,7 @@ def prepare(job: Job, args: argparse.Namespace, skipped: documents.Skipped) -> d
             return {**done, "already_done": True}
         plan = shards.plan(job.sources)
         recipe = shards.Recipe(job.parts, job.key, job.append_eod)
-        facts, kept = run_shards(recipe, plan, job.tokenizer, args)
+        facts, kept = make_shards(job, recipe, plan, args)
         total = shards.total_facts(facts)
         skipped.merge(total.skipped)
         total.skipped = skipped
@@ -99,6 +101,17 @@ def prepare(job: Job, args: argparse.Namespace, skipped: documents.Skipped) -> d
         write_json(job.report, report)
         shutil.rmtree(job.parts)
     return report
+
+
+def make_shards(
+    job: Job, recipe: shards.Recipe, plan: list[list[documents.Piece]], args: argparse.Namespace
+) -> tuple[list[shards.ShardFacts], int]:
+    """Facts of all shards in order, and how many an earlier run finished."""
+    if not job.asked.executor:
+        return run_shards(recipe, plan, job.tokenizer, args)
+    from data.executors.run import run_shards_on  # datatrove is not needed without it
+
+    return run_shards_on(job.asked, recipe, plan, job.tokenizer, args)
 
 
 @contextmanager
@@ -204,6 +217,8 @@ def make_report(job: Job, total: shards.ShardFacts, hashes: dict[str, str]) -> d
         "vocab_size": job.tokenizer.vocab_size,
         "eod": job.tokenizer.eod,
         "append_eod": job.append_eod,
+        "filters": list(job.asked.filters),
+        "dedup": job.asked.dedup,
         "dtype": indexed.token_dtype(job.tokenizer.vocab_size).name,
         "tokenizer_fingerprint": job.tokenizer.fingerprint,
         "bin_bytes": total.bin_bytes,
@@ -241,26 +256,25 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--workers",
         type=int,
-        default=os.cpu_count() or 1,
         metavar="N",
-        help="processes (default: the machine's cores); the output does not depend on it",
+        help="processes (default: the machine's cores; slurm and ray: no limit); the output does "
+        "not depend on it",
     )
     made.add_argument(
         "--overwrite", action="store_true", help="replace an output that has other settings"
     )
     add_tokenizer_flags(made)
+    add_executor_flags(made)
     return made
 
 
 def job_of(args: argparse.Namespace) -> tuple[Job, documents.Skipped]:
     """The job that the flags describe, and the files left out by name."""
-    if args.workers < 1:
-        raise ConfigError(
-            f"--workers {args.workers} must be 1 or more", do="leave it out to use all cores"
-        )
+    asked = asked_of(args)
     sources, skipped = documents.find_sources(args.input)
     key = documents.single_key(args.json_keys)
-    return Job(args.output.absolute(), sources, key, args.append_eod, tokenizer_of(args)), skipped
+    tokenizer = tokenizer_of(args)
+    return Job(args.output.absolute(), sources, key, args.append_eod, tokenizer, asked), skipped
 
 
 def main(argv: list[str] | None = None) -> None:

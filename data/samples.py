@@ -182,6 +182,17 @@ class BlendedDataset:
         )
 
 
+def given(dataset: Dataset, first: int, stop: int) -> list[int]:
+    """How many of samples [first, stop) each of `dataset.domains` gives."""
+    if not isinstance(dataset, BlendedDataset):
+        return [stop - first] + [0] * (len(dataset.domains) - 1)
+    if first == 0:
+        return blend.samples_of(dataset.parts, stop, dataset.period)
+    places = np.arange(first, stop) % sum(dataset.parts)
+    chosen = dataset.period["domains"][places]
+    return np.bincount(chosen, minlength=len(dataset.domains)).tolist()
+
+
 def unique_names(prefixes: Sequence[str]) -> tuple[str, ...]:
     """Short names of domains: the last part of each prefix, with as many folders as make them
     different.

@@ -6,10 +6,11 @@ it into a zero vector), so it must never reach the model.  Two nets: the range o
 whole file is known when it is opened, and each sample is checked again as it is read
 (`first_outside`), so that a file which changes later is caught too.
 
-`examine` finds the range once; the result is kept in the index cache under the file's path, size
-and times of change.  Where ``PREFIX.report.json`` belongs to the file (the same size), its hash is
-compared - of all bytes up to `HASHED_WHOLE_BYTES`, of `SPOTS` blocks above - and its range is
-taken. Without a report all ids are read.
+`examine` finds the range once; the result is kept in the index cache under the files' paths, sizes
+and times of change.  Where ``PREFIX.report.json`` belongs to the file (the same size), its hashes
+are compared - of the ``.idx``, and of all bytes of the ``.bin`` up to `HASHED_WHOLE_BYTES`, of
+`SPOTS` blocks above unless ``complete`` (--data-hash complete) - and its range is taken. Without a
+report all ids are read; a changed bit that leaves an id inside the vocabulary cannot show then.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ def spot_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+BY_ALL = ("bin_sha256", sha256_of)
+BY_SPOTS = ("spot_sha256", spot_sha256)
+
+
 def scan(file: IndexedFile) -> dict:
     """Reads the whole ``.bin``: smallest and largest id, and the first token that holds each."""
     low: tuple[int, int] | None = None
@@ -55,21 +60,27 @@ def scan(file: IndexedFile) -> dict:
     return {"min_token_id": low[0], "min_at": low[1], "max_token_id": high[0], "max_at": high[1]}
 
 
-def examine(file: IndexedFile) -> dict:
-    """The range of the ids as `scan` gives it, or ``{"error": what}`` where bytes are damaged."""
+def examine(file: IndexedFile, complete: bool = False) -> dict:
+    """The range of the ids as `scan` gives it, or ``{"error": what, "path": file}`` where bytes are
+    damaged.
+    """
     report = read_json(report_path(file)) or {}
     size = file.bin_path.stat().st_size
-    if report.get("bin_bytes") != size or not isinstance(report.get("max_token_id"), int):
+    has_range = all(isinstance(report.get(f"{end}_token_id"), int) for end in ("min", "max"))
+    if report.get("bin_bytes") != size or not has_range:
         return scan(file)  # no report, or one of another file
-    name, hash_of = (
-        ("bin_sha256", sha256_of) if size <= HASHED_WHOLE_BYTES else ("spot_sha256", spot_sha256)
-    )
-    found = hash_of(file.bin_path)
-    if found != report.get(name):
-        return {
-            "error": f"bytes have changed: {name} is {found[:16]}..., {report_path(file).name} "
-            f"says {str(report.get(name))[:16]}..."
-        }
+    is_whole = complete or size <= HASHED_WHOLE_BYTES
+    checks = [(file.bin_path, *(BY_ALL if is_whole else BY_SPOTS))]
+    if "idx_sha256" in report:
+        checks.append((file.idx_path, "idx_sha256", sha256_of))
+    for path, name, hash_of in checks:
+        found = hash_of(path)
+        if found != report.get(name):
+            what = (
+                f"bytes have changed: {name} is {found[:16]}..., {report_path(file).name} "
+                f"says {str(report.get(name))[:16]}..."
+            )
+            return {"error": what, "path": str(path)}
     return {name: report.get(name) for name in ("min_token_id", "max_token_id")}
 
 
@@ -78,9 +89,12 @@ def report_path(file: IndexedFile) -> Path:
     return Path(f"{file.prefix}.report.json")
 
 
-def cache_key(file: IndexedFile) -> str:
-    """Name of the result of `examine` for this very file in the index cache."""
-    facts = f"{file.bin_path.resolve()} {stamp(file.bin_path)} {file.dtype.name}"
+def cache_key(file: IndexedFile, complete: bool = False) -> str:
+    """Name of the result of `examine` for these very files in the index cache."""
+    report = report_path(file)
+    paths = [file.bin_path, file.idx_path, *([report] if report.exists() else [])]
+    stamps = " ".join(stamp(path) for path in paths)
+    facts = f"{file.bin_path.resolve()} {stamps} {file.dtype.name} {complete}"
     return f"scan-{hashlib.sha256(facts.encode()).hexdigest()[:32]}"
 
 
@@ -97,7 +111,7 @@ def require_whole(file: IndexedFile, result: dict) -> None:
             result["error"],
             do="copy the .bin again or rebuild it; delete the report if the .bin was replaced on "
             "purpose",
-            path=file.bin_path,
+            path=result.get("path", file.bin_path),
         )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from data.documents import Piece, Skipped, Source, read_piece, row_groups, splits_by_rows
 from data.indexed import LARGEST_DOCUMENT, token_dtype
-from data.storage import atomic_file, disk_errors, sha256_of
+from data.storage import atomic_file, disk_errors, sha256_of, write_json
 from data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
 
@@ -105,20 +105,34 @@ def write_shard(
     recipe: Recipe, shard: int, pieces: list[Piece], tokenizer: Tokenizer
 ) -> ShardFacts:
     """Tokenizes one shard to disk; returns its facts."""
+    skipped = Skipped()
+    texts = (
+        (text, piece.source.path)
+        for piece in pieces
+        for text in read_piece(piece, recipe.key, skipped)
+    )
+    facts = write_texts(recipe, shard, texts, tokenizer)
+    facts.skipped = skipped
+    return facts
+
+
+def write_texts(
+    recipe: Recipe, shard: int, texts: Iterable[tuple[str, Path]], tokenizer: Tokenizer
+) -> ShardFacts:
+    """The ``.bin`` and ``.len`` of one shard from (text, its file); its facts, nothing skipped."""
     facts = ShardFacts(shard)
     dtype = token_dtype(tokenizer.vocab_size)
     bin_path, len_path = shard_paths(recipe.folder, shard)
     lengths: list[int] = []
     digest = hashlib.sha256()
     with atomic_file(bin_path) as stream:
-        for piece in pieces:
-            for text in read_piece(piece, recipe.key, facts.skipped):
-                ids = encode_checked(tokenizer, text, recipe.append_eod, piece)
-                content = ids.astype(dtype).tobytes()
-                digest.update(content)
-                stream.write(content)
-                lengths.append(len(ids))
-                count_document(facts, text, ids, tokenizer)
+        for text, path in texts:
+            ids = encode_checked(tokenizer, text, recipe.append_eod, path)
+            content = ids.astype(dtype).tobytes()
+            digest.update(content)
+            stream.write(content)
+            lengths.append(len(ids))
+            count_document(facts, text, ids, tokenizer)
     facts.bin_bytes, facts.bin_sha256 = facts.tokens * dtype.itemsize, digest.hexdigest()
     content = np.array(lengths, dtype="<i8").tobytes()
     facts.len_sha256 = hashlib.sha256(content).hexdigest()
@@ -127,21 +141,21 @@ def write_shard(
     return facts
 
 
-def encode_checked(tokenizer: Tokenizer, text: str, append_eod: bool, piece: Piece) -> np.ndarray:
+def encode_checked(tokenizer: Tokenizer, text: str, append_eod: bool, path: Path) -> np.ndarray:
     """int64 ids of one document, each proven to be inside the vocabulary."""
     ids = np.array(tokenizer.encode(text) + ([tokenizer.eod] if append_eod else []), dtype=np.int64)
     if len(ids) > LARGEST_DOCUMENT:
         raise DataError(
             f"a document has {len(ids)} tokens, an .idx counts up to {LARGEST_DOCUMENT}",
             do="cut the document",
-            path=piece.source.path,
+            path=path,
         )
     if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
         raise DataError(
             f"the tokenizer gave id {ids.max() if ids.min() >= 0 else ids.min()}, "
             f"its vocabulary is 0 to {tokenizer.vocab_size - 1}",
             do="use a tokenizer file that is whole",
-            path=piece.source.path,
+            path=path,
         )
     return ids
 
@@ -167,19 +181,32 @@ def append_to_journal(folder: Path, facts: ShardFacts) -> None:
         os.fsync(stream.fileno())
 
 
+def facts_path(folder: Path, shard: int) -> Path:
+    """The facts of a shard that another machine made: many writers cannot share the journal."""
+    return folder / f"shard-{shard:06d}.json"
+
+
+def save_facts(folder: Path, facts: ShardFacts) -> None:
+    """Makes a finished shard durable without the journal."""
+    write_json(facts_path(folder, facts.shard), asdict(facts))
+
+
+def parse_facts(text: str) -> ShardFacts | None:
+    """The facts in a line or file, None where it was cut by a kill."""
+    try:
+        record = json.loads(text)
+        return ShardFacts(**{**record, "skipped": Skipped(**record["skipped"])})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
 def finished_shards(folder: Path) -> dict[int, ShardFacts]:
-    """The shards of the journal whose files are there and have their sizes and hashes."""
-    path = folder / "journal.jsonl"
-    found: dict[int, ShardFacts] = {}
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ()
-    ):
-        try:
-            record = json.loads(line)
-            facts = ShardFacts(**{**record, "skipped": Skipped(**record["skipped"])})
-        except (ValueError, TypeError, KeyError):
-            continue  # the line that was being written when the process died
-        found[facts.shard] = facts
+    """The shards with facts, in the journal or beside them, whose files have their hashes."""
+    journal = folder / "journal.jsonl"
+    texts = [path.read_text() for path in sorted(folder.glob("shard-*.json"))]
+    if journal.exists():
+        texts += journal.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = {facts.shard: facts for text in texts if (facts := parse_facts(text)) is not None}
     return {shard: facts for shard, facts in found.items() if _is_whole(folder, facts)}
 
 

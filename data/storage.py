@@ -110,7 +110,7 @@ def read_json(path: Path) -> dict | None:
     """The object in ``path``, or None where the file is missing or is not a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

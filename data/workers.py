@@ -87,13 +87,18 @@ class Worker:
     @classmethod
     def start(cls, args: Namespace, parent: int) -> None:
         """Loads the tokenizer; the process ends with its parent, also when that is killed."""
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+        end_with_parent(parent)
         cls.tokenizer = tokenizer_of(args)
 
     @classmethod
     def run(cls, recipe: Recipe, shard: int, pieces: list[Piece]) -> ShardFacts:
         """One shard."""
         return write_shard(recipe, shard, pieces, cls.tokenizer)
+
+
+def end_with_parent(parent: int) -> None:
+    """From now on this process ends soon after process ``parent``, also when that is killed."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:

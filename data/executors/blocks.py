@@ -1,0 +1,140 @@
+"""Our ends of a datatrove pipeline: a shard's documents in, Megatron's shard out.
+
+Both are pickled and run elsewhere, so they hold paths and plain values.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+
+from data.documents import Piece, Skipped, Source, read_piece
+from data.shards import Recipe, save_facts, write_texts
+from data.storage import atomic_file
+from data.tokenizer import Tokenizer, tokenizer_of
+from megatron_ext.errors import DataError
+
+
+def plan_path(folder: Path) -> Path:
+    """Where the tasks find their pieces."""
+    return folder / "plan.jsonl"
+
+
+def write_plan(folder: Path, plan: list[list[Piece]]) -> None:
+    """One line a shard, so that a task reads its own and not thousands."""
+    with atomic_file(plan_path(folder)) as stream:
+        for pieces in plan:
+            line = json.dumps([asdict(piece) for piece in pieces], default=str)
+            stream.write(f"{line}\n".encode())
+
+
+def read_plan(folder: Path, shard: int) -> list[Piece]:
+    """The pieces of one shard."""
+    with open(plan_path(folder), encoding="utf-8") as stream:
+        records = json.loads(next(islice(stream, shard, None)))
+    return [_piece(record) for record in records]
+
+
+def _piece(record: dict) -> Piece:
+    source = Source(**{**record["source"], "path": Path(record["source"]["path"])})
+    return Piece(**{**record, "source": source})
+
+
+def require_unchanged(source: Source) -> None:
+    """Raises where an input is not the file that was planned."""
+    try:
+        status = source.path.stat()
+    except OSError as error:
+        raise DataError(
+            f"a task cannot read an input: {error.strerror}",
+            do="put inputs and --output on a file system that all nodes see",
+            path=source.path,
+        ) from error
+    if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
+        raise DataError(
+            "an input changed while it was prepared", do="run the command again", path=source.path
+        )
+
+
+class ReadShard(PipelineStep):
+    """The documents of the shard with the number of the task, in order."""
+
+    type = "READER"
+    name = "shard"
+
+    def __init__(self, folder: Path, key: str):
+        super().__init__()
+        self.folder, self.key = folder, key
+        self.skipped = Skipped()
+        """What this task left out so far, here and in later steps."""
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yields the documents; metadata holds the task's number and the file."""
+        self.skipped = Skipped()  # several tasks of one job share this object
+        for piece in read_plan(self.folder, rank):
+            require_unchanged(piece.source)
+            path = str(piece.source.path)
+            for count, text in enumerate(read_piece(piece, self.key, self.skipped)):
+                place = f"{path} document {count} of shard {rank}"
+                yield Document(text=text, id=place, metadata={"rank": rank, "path": path})
+
+
+class Dropped:
+    """What datatrove's steps call with a document that they drop: counts it with its reason."""
+
+    def __init__(self, reader: ReadShard, reason: str):
+        self.reader, self.reason = reader, reason
+
+    def __enter__(self) -> Dropped:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def write(self, document: Document, rank: int = 0) -> None:
+        """Counts the document."""
+        detail = document.metadata.get("filter_reason")
+        reason = f"{self.reason}: {detail}" if detail else self.reason
+        self.reader.skipped.add(reason, document.id)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(flags: str) -> Tokenizer:
+    """One tokenizer a process, for all its tasks."""
+    return tokenizer_of(Namespace(**json.loads(flags)))
+
+
+class WriteShard(PipelineStep):
+    """Tokenizes what reaches it into the shard with the number of the task."""
+
+    type = "WRITER"
+    name = "Megatron shard"
+
+    def __init__(self, recipe: Recipe, reader: ReadShard, flags: Namespace, fingerprint: str):
+        super().__init__()
+        self.recipe, self.reader, self.fingerprint = recipe, reader, fingerprint
+        names = ("tokenizer_type", "tokenizer_model", "vocab_size", "vocab_file", "merge_file")
+        tiktoken = ("tiktoken_pattern", "tiktoken_num_special_tokens")
+        chosen = {name: getattr(flags, name) for name in (*names, *tiktoken)}
+        self.flags = json.dumps(chosen, default=str)
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        """Writes ``.bin``, ``.len`` and then the facts, which say that both are whole."""
+        tokenizer = _tokenizer(self.flags)
+        if tokenizer.fingerprint != self.fingerprint:
+            raise DataError(
+                "a task found another tokenizer than the command did",
+                do="put the tokenizer on a file system that all nodes see",
+            )
+        texts = ((document.text, Path(document.metadata["path"])) for document in data)
+        facts = write_texts(self.recipe, rank, texts, tokenizer)
+        facts.skipped = self.reader.skipped
+        save_facts(self.recipe.folder, facts)
