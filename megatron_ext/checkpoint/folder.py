@@ -1,34 +1,33 @@
 """The checkpoint folder: names, complete and incomplete, and the moves that make a checkpoint
 appear whole.
 
-A step is written under `.writing_step_00000100_<id>` and renamed when every rank's file is on disk;
-`latest` follows by atomic replacement. So a folder named `step_...` was complete once, and a crash
-leaves the previous one untouched. `state.json` lists every file with its size: what was cut or
-removed later is seen before anything is read.
+A step is written under `.writing_step_00000100_<id>` and renamed when every rank's file is on disk
+and the manifest lists it; `latest` follows by atomic replacement. So a folder named `step_...` was
+complete once, and a crash leaves the previous one untouched. All changes go through `os`, one call
+each, so that a test can record them and replay every state that a crash may leave.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
-import time
+import stat
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from megatron_ext.errors import DataError, DiskError
+from megatron_ext.checkpoint.manifest import MANIFEST
+from megatron_ext.errors import DiskError
 
+T = TypeVar("T")
 LATEST = "latest"
 MEGATRON_LATEST = "latest_checkpointed_iteration.txt"
-LEDGER = "ledger.jsonl"
-RECORD = "state.json"
-RECORD_VERSION = 1
-_STEP = re.compile(r"step_(\d{8,})")
-_UNFINISHED = re.compile(r"\.(writing|replaced)_step_\d{8,}_[0-9a-f]+")
-_HEADROOM = 1.05  # file headers, metadata
+_STEP = re.compile(r"step_(\d{8,18})")
+_UNFINISHED = re.compile(r"\.(writing|replaced|pruned|reports)_step_\d{8,18}_[0-9a-f]+")
+_HEADROOM = 1.1  # file headers, manifest, and somebody else's files
 
 
 def step_name(step: int) -> str:
@@ -46,6 +45,14 @@ def disk_error(error: OSError, path: Path, num_bytes: int | None = None) -> Disk
         need = "" if num_bytes is None else f"need {num_bytes} bytes, "
         what += f" ({need}have {free_bytes(path)} bytes)"
     return DiskError(what, do="free space, or --save a folder that can be written", path=where)
+
+
+def on_disk(path: Path, action: Callable[[], T]) -> T:
+    """What `action` returns. Raises DiskError for its OSError."""
+    try:
+        return action()
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 def free_bytes(path: Path) -> int:
@@ -77,56 +84,97 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """A new file with its bytes on disk (its name is durable when its folder is synced)."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o644)
+    try:
+        view = memoryview(data)
+        while len(view):
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file as a whole: readers see the old or the new text."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write_new(temporary, text.encode())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
-def begin(directory: Path, step: int) -> Path:
+def begin(directory: Path, step: int, identity: str | None = None) -> Path:
     """A new empty folder for a step that is being written."""
-    path = directory / f".writing_{step_name(step)}_{uuid.uuid4().hex[:8]}"
-    path.mkdir(parents=True)
+    path = directory / f".writing_{step_name(step)}_{identity or uuid.uuid4().hex[:8]}"
+    directory.mkdir(parents=True, exist_ok=True)
+    os.mkdir(path)
     return path
 
 
-def finish(writing: Path, directory: Path, record: dict[str, Any]) -> Path:
-    """Write the record, make everything durable, give the folder its name, and point `latest` at
-    it.
+def publish(writing: Path, directory: Path, step: int, manifest: bytes) -> Path:
+    """Add the manifest to the files of all ranks, which are on disk already, give the folder its
+    name, and point `latest` at it.
 
     A complete checkpoint of the same step (the run went back and came here again) is moved away
     first and deleted last.
     """
-    files = sorted(writing.iterdir())
-    for file in files:
-        sync(file)
-    record["files"] = {file.name: {"bytes": file.stat().st_size} for file in files}
-    write_atomically(writing / RECORD, json.dumps(record, indent=1))
-    final = directory / step_name(record["step"])
+    write_new(writing / MANIFEST, manifest)
+    sync(writing)
+    final = directory / step_name(step)
     replaced = None
     if final.exists():
         replaced = directory / f".replaced_{final.name}_{uuid.uuid4().hex[:8]}"
         os.rename(final, replaced)
     os.rename(writing, final)
     sync(directory)
-    write_atomically(directory / LATEST, final.name + "\n")
-    write_atomically(directory / MEGATRON_LATEST, f"{record['step']}\n")
+    point_at(directory, step)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
+def point_at(directory: Path, step: int) -> None:
+    """Let `latest`, and Megatron-LM's file for it, name this step."""
+    write_atomically(directory / LATEST, step_name(step) + "\n")
+    write_atomically(directory / MEGATRON_LATEST, f"{step}\n")
+
+
 def remove_unfinished(directory: Path) -> list[str]:
-    """Delete what killed writers left. Only for the holder of the lease."""
+    """Delete what killed writers left, and give back a step whose replacement did not come. Only
+    for the holder of the lease.
+    """
     names = [path.name for path in directory.iterdir() if _UNFINISHED.fullmatch(path.name)]
     for name in names:
-        shutil.rmtree(directory / name, ignore_errors=True)
+        final = directory / name.removeprefix(".replaced_").rpartition("_")[0]
+        if name.startswith(".replaced_") and not final.exists():
+            os.rename(directory / name, final)
+        else:
+            shutil.rmtree(directory / name, ignore_errors=True)
+    for leftover in directory.glob(f".{LATEST}*.????????"):
+        leftover.unlink(missing_ok=True)
     return names
+
+
+def remove_step(directory: Path, step: int) -> None:
+    """Take the name away first: a half-deleted folder is no checkpoint."""
+    gone = directory / f".pruned_{step_name(step)}_{uuid.uuid4().hex[:8]}"
+    os.rename(directory / step_name(step), gone)
+    sync(directory)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def quarantine(directory: Path, step: int) -> Path:
+    """Move a damaged step aside, to be looked at; it is no candidate any more."""
+    bad = directory / f"{step_name(step)}.bad-{uuid.uuid4().hex[:8]}"
+    os.rename(directory / step_name(step), bad)
+    sync(directory)
+    return bad
 
 
 def steps(directory: Path) -> list[int]:
@@ -140,49 +188,19 @@ def steps(directory: Path) -> list[int]:
 def latest_step(directory: Path) -> int | None:
     """What `latest` says; None if it is missing or not a step name."""
     try:
-        text = (directory / LATEST).read_text().strip()
+        with open(directory / LATEST, "rb") as file:
+            text = file.read(64).decode().strip()
     except (OSError, UnicodeDecodeError):
         return None
     match = _STEP.fullmatch(text)
     return int(match[1]) if match else None
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """`state.json` of a complete checkpoint. Raises DataError where it, or a file that it lists, is
-    missing or cut.
-    """
-    try:
-        record = json.loads((path / RECORD).read_text())
-        version = record["version"]
-        files = {name: entry["bytes"] for name, entry in record["files"].items()}
-        sizes = {name: (path / Path(name).name).stat().st_size for name in files}
-    except FileNotFoundError as error:
-        name = Path(error.filename).name
-        raise DataError(f"checkpoint is incomplete: {name} is missing", path=path) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"checkpoint record cannot be read: {error}", path=path / RECORD) from error
-    if version > RECORD_VERSION:
-        raise DataError(
-            f"checkpoint is of version {version}, this program reads up to {RECORD_VERSION}",
-            path=path,
-        )
-    for name, size in files.items():
-        if sizes[name] != size:
-            raise DataError(
-                f"checkpoint is damaged: {name} has {sizes[name]} bytes, was written with {size}",
-                path=path,
-            )
-    return record
-
-
-class Ledger:
-    """`ledger.jsonl`: one line for each thing that happened to a checkpoint; appended by rank 0."""
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / LEDGER
-
-    def add(self, event: str, step: int, **values: Any) -> None:
-        """Append one line; `event` is requested, staged, durable or failed."""
-        line = {"time": round(time.time(), 3), "event": event, "step": step, **values}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+def gate(directory: Path) -> str | None:
+    """Why the owner or the mode of a folder is suspicious, in words; None where it is not."""
+    info = directory.stat()
+    if info.st_uid not in (os.geteuid(), 0):
+        return f"belongs to user {info.st_uid}, this is user {os.geteuid()}"
+    if info.st_mode & stat.S_IWOTH and not info.st_mode & stat.S_ISVTX:
+        return f"is writable by everybody (mode {stat.S_IMODE(info.st_mode):o})"
+    return None

@@ -1,29 +1,36 @@
 """Find a checkpoint, make sure that it is whole and fits, and read it in place.
 
-megatron-core reads (`dist_checkpointing.load`): every rank asks for its own pieces, whatever ranks
-wrote them. Before that, rank 0 checks names and sizes of all files, and every rank reads
-`.metadata`, which is a pickle, with an unpickler that knows the few types that belong there, so
-that no byte of a checkpoint is executed.
+Every rank asks for its own pieces, whatever ranks wrote them: megatron-core describes them
+(ShardedTensor), opens its factories before and merges them after. Before that the ranks hash all
+files again, each its share, so that no damaged byte reaches a weight. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import logging
-import pickle
-import warnings
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    apply_factory_merges,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
-from megatron_ext.checkpoint import folder, rng, shards
-from megatron_ext.checkpoint.folder import read_record
+from megatron_ext.checkpoint import complete, folder, rng, shards
+from megatron_ext.checkpoint.fingerprint import differences
+from megatron_ext.checkpoint.hashes import Damaged
+from megatron_ext.checkpoint.manifest import Manifest
+from megatron_ext.checkpoint.nodes import Nodes
+from megatron_ext.checkpoint.reader import StoredTensors, check_share, object_of
+from megatron_ext.checkpoint.spots import OBJECT_PREFIX
+from megatron_ext.checkpoint.spread import SpreadTensors, open_spread
 from megatron_ext.checkpoint.state import (
     RNG_PREFIX,
     TrainState,
@@ -40,16 +47,9 @@ from megatron_ext.errors import DataError, Fatal
 from megatron_ext.mesh.agree import FailedElsewhere, agree, first_rank
 
 _log = logging.getLogger(__name__)
-_METADATA = ".metadata"
-_SAME_MODEL = "use the model flags of the run that wrote it (state.json)"
-_CLASSES = {
-    "torch.distributed.checkpoint.metadata": None,  # all classes defined there
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath"},
-}
+_SAME_MODEL = (
+    "use the model flags of the run that wrote it (python -m megatron_ext.checkpoint list)"
+)
 
 
 class Misfit(Fatal):
@@ -58,56 +58,42 @@ class Misfit(Fatal):
     code = 64
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads `.metadata`: torch's metadata classes, shapes and dtypes; anything else is refused."""
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that may be loaded; `fast`: the number of its tier, where that is a fast one,
+    whose folder each node has for itself.
+    """
 
-    def find_class(self, module: str, name: str) -> Any:
-        names = _CLASSES.get(module, set())
-        if names is not None and name in names:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if names is None and "." not in name:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module:
-                return found
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
+    step: int
+    directory: Path
+    fast: int | None = None
 
-
-def read_metadata(path: Path) -> Metadata:
-    """The table of all pieces, read without executing anything. Raises DataError."""
-    try:
-        with open(path / _METADATA, "rb") as file:
-            metadata = _Unpickler(file).load()
-        assert isinstance(metadata, Metadata), f"holds a {type(metadata).__name__}"
-        names = {info.relative_path for info in metadata.storage_data.values()}
-        assert all(Path(name).name == name for name in names), "names a file outside its folder"
-    except Exception as error:  # a damaged pickle may raise anything
-        raise DataError(
-            f"checkpoint metadata is damaged or hostile: {error}", path=path / _METADATA
-        ) from error
-    return metadata
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self.directory / folder.step_name(self.step)
 
 
 def check_fits(
-    metadata: Metadata, pieces: Iterable[ShardedTensor | ShardedObject], path: Path
+    manifest: Manifest, pieces: Iterable[ShardedTensor | ShardedObject], path: Path
 ) -> None:
     """Every piece that this rank asks for exists in the same global shape. Raises Misfit."""
-    stored = metadata.state_dict_metadata
     for piece in pieces:
         is_object = isinstance(piece, ShardedObject)
-        entry = stored.get(piece.unique_key if is_object else piece.key)
+        name = OBJECT_PREFIX + piece.unique_key if is_object else piece.key
+        entry = manifest.tensors.get(name)
         if entry is None:
             raise Misfit(
                 f"the checkpoint has no {piece.key}",
                 do=f"{_SAME_MODEL}, or --no-load-optim for weights only",
                 path=path,
             )
-        if is_object or piece.allow_shape_mismatch or not isinstance(entry, TensorStorageMetadata):
+        shape = entry[0].spot.shape
+        if is_object or (piece.allow_shape_mismatch and len(shape) == len(piece.global_shape)):
             continue
-        if tuple(entry.size) != tuple(piece.global_shape):
+        if shape != tuple(piece.global_shape):
             raise Misfit(
-                f"{piece.key} is {tuple(entry.size)} in the checkpoint,"
+                f"{piece.key} is {shape} in the checkpoint,"
                 f" {tuple(piece.global_shape)} in this model",
                 do=_SAME_MODEL,
                 path=path,
@@ -115,16 +101,15 @@ def check_fits(
 
 
 def _is_weight(name: str) -> bool:
-    return not name.startswith((shards.PREFIX, RNG_PREFIX)) and "_extra_state" not in name
+    return not name.startswith((shards.PREFIX, RNG_PREFIX, OBJECT_PREFIX))
 
 
-def check_complete(metadata: Metadata, pieces: Iterable[Any], path: Path) -> None:
+def check_complete(manifest: Manifest, pieces: Iterable[Any], path: Path) -> None:
     """No weight of the checkpoint is left over: fewer layers would load silently. Collective."""
     mine = {piece.key for piece in pieces}
     everyone: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
-    stored = {name for name in metadata.state_dict_metadata if _is_weight(name)}
-    unused = stored - set().union(*everyone)
+    unused = {name for name in manifest.tensors if _is_weight(name)} - set().union(*everyone)
 
     def check() -> None:
         if unused:
@@ -138,56 +123,120 @@ def check_complete(metadata: Metadata, pieces: Iterable[Any], path: Path) -> Non
     first_rank(check)
 
 
-def _read(tree: dict[str, Any], path: Path) -> dict[str, Any]:
-    """megatron-core's load; torch gathers the failures of all ranks and raises on each."""
-    try:
-        with warnings.catch_warnings():
-            # megatron-core 0.16.1 calls torch's load_state_dict by its old name
-            warnings.simplefilter("ignore", FutureWarning)
-            return dist_checkpointing.load(tree, str(path), validate_access_integrity=False)
-    except (
-        CheckpointException,
-        CheckpointingException,
-        RuntimeError,
-        OSError,
-        ValueError,
-        KeyError,
-    ) as error:
-        raise DataError(f"checkpoint cannot be read: {_cause(error)}", path=path) from error
+@dataclass(frozen=True)
+class ThisRun:
+    """What a run that resumes is, and in what it may differ from the one that saved."""
+
+    fingerprint: Mapping[str, Any]
+    may_change: Collection[str]
 
 
-def _cause(error: BaseException) -> str:
-    """The first rank's own exception of a failure that torch gathered, in one line."""
-    for failure in getattr(error, "failures", {}).values():
-        return f"{failure[0]!r}"[:300]
-    return f"{error!r}"[:300]
+def check_same_run(saved: Mapping[str, Any], mine: ThisRun, path: Path) -> None:
+    """The fingerprints agree where it matters. Raises Misfit that shows the differences."""
+    changed = differences(saved, mine.fingerprint, mine.may_change)
+    if changed:
+        shown = ", ".join(f"{name}: {values}" for name, values in changed.items())
+        raise Misfit(
+            f"this run differs from the one that wrote the checkpoint: {shown}"[:1500],
+            do=f"use its flags, or --accept-change {','.join(changed)} if that is meant,"
+            " or --finetune to start anew from its weights",
+            path=path,
+        )
+
+
+def read_tree(tree: dict[str, Any], stored: StoredTensors) -> dict[str, Any]:
+    """Fill the ShardedTensors of a state dict, in place where they have memory; the state dict with
+    values for all of them. What `dist_checkpointing.load` does between its own two files.
+    """
+    tree, _, factories = load_preprocess(tree)
+
+    def value(leaf: Any) -> Any:
+        if isinstance(leaf, ShardedObject):
+            data = stored.read(OBJECT_PREFIX + leaf.unique_key)
+            return object_of(data, leaf.data, stored.path)
+        return _fill(leaf, stored) if isinstance(leaf, ShardedTensor) else leaf
+
+    return apply_factory_merges(dict_list_map_outplace(value, tree), factories)
+
+
+def _fill(leaf: ShardedTensor, stored: StoredTensors) -> torch.Tensor:
+    size = (1,) * leaf.prepend_axis_num + tuple(leaf.local_shape)
+    box = (tuple(leaf.global_offset), size)
+    if leaf.data is None:
+        return stored.read(leaf.key, *box).view(leaf.local_shape)
+    with torch.no_grad():
+        covered = stored.read_into(leaf.data.detach().view(size), leaf.key, box)
+    if covered != leaf.data.numel() and not leaf.allow_shape_mismatch:
+        raise Damaged(f"checkpoint holds only a part of {leaf.key}", path=stored.path)
+    return leaf.data
+
+
+def open_whole(path: Path) -> StoredTensors:
+    """A checkpoint whose manifest is right and whose bytes are those that were written. Collective:
+    each rank hashes its share. Raises Damaged on every rank.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def open_() -> StoredTensors:
+        stored = StoredTensors(path, verify=False)
+        check_share(stored.manifest, rank, world)
+        return stored
+
+    return agree(open_)
+
+
+def check_model(stored: StoredTensors) -> None:
+    """Every layer and expert is there. Collective. Raises Damaged."""
+
+    def check() -> None:
+        shapes = ((name, stored.shape(name)) for name in stored.names() if _is_weight(name))
+        lacking = complete.missing(shapes, stored.record.get("model") or {})
+        if lacking:
+            raise Damaged(f"checkpoint is incomplete: {lacking}", path=stored.path)
+
+    first_rank(check)
 
 
 def load(
-    path: Path, state: TrainState, *, optimizer: bool, random: bool, counters: bool
+    path: Path,
+    state: TrainState,
+    *,
+    optimizer: bool,
+    random: bool,
+    counters: bool,
+    run: ThisRun | None = None,
+    nodes: Nodes | None = None,
 ) -> dict[str, Any]:
     """Read one checkpoint into `state`, in place; returns its record. Collective.
 
-    Raises DataError where it is damaged (nothing of `state` may be used then, except as the target
-    of another load), Misfit where it does not fit the model or the flags.
+    `run` None: not compared. `nodes`: its files may lie on several. Raises DataError where it is
+    damaged (nothing of `state` may be used then, except as the target of another load), Misfit
+    where it does not fit the model or the flags.
     """
-    record = first_rank(lambda: read_record(path))
-    metadata = agree(lambda: read_metadata(path))
-    has = metadata.state_dict_metadata
+    stored = open_whole(path) if nodes is None else open_spread(path, nodes)
+    check_model(stored)
+    record, names = stored.record, stored.manifest.tensors
+    if counters and run:
+        saved = record["run"].get("fingerprint") or {}
+        first_rank(lambda: check_same_run(saved, run, path))
     optimizer = optimizer and state.optimizer is not None
     if optimizer and record["optimizer"] is None:
         raise Misfit("the checkpoint has no optimizer", do="--no-load-optim", path=path)
-    random = random and record["layout"] == layout() and any(k.startswith(RNG_PREFIX) for k in has)
+    has_streams = any(name.startswith(RNG_PREFIX) for name in names)
+    random = random and record["layout"] == layout() and has_streams
 
     model = sharded_model(state.chunks)
     states, holdings = sharded_optimizer(state.optimizer, model) if optimizer else ([], [])
     streams = sharded_rng() if random else {}
     pieces = list(built([model, states, streams]))
-    agree(lambda: check_fits(metadata, pieces, path))
-    check_complete(metadata, pieces, path)
+    agree(lambda: check_fits(stored.manifest, pieces, path))
+    check_complete(stored.manifest, pieces, path)
+    if isinstance(stored, SpreadTensors):
+        stored.fetch(pieces)
 
     tree = {"model": dict(enumerate(model)), "optimizer": dict(enumerate(states)), "rng": streams}
-    loaded = agree(lambda: _read(tree, path))
+    loaded = agree(lambda: read_tree(tree, stored))
+    stored.close()
     restore_weights(state.chunks, [loaded["model"][i] for i in range(len(model))])
     if counters:
         restore_progress(state, record)
@@ -200,9 +249,11 @@ def load(
     return record
 
 
-def candidates(cfg: Any, load_from: Path, own: Path | None) -> list[int]:
-    """Steps to try, best first: `latest`, then older ones, then newer ones (of an abandoned
-    course).
+def candidates(
+    cfg: Any, load_from: Path, own: Path | None, tiers: Mapping[Path, list[int]]
+) -> list[Found]:
+    """Checkpoints to try, best first: `latest`, then older ones, then newer ones (of an abandoned
+    course). The steps of faster tiers (folder -> steps) of the run's own folder come in by number.
 
     Empty: start fresh. That is allowed for the run's own folder and with --allow-fresh-start;
     otherwise a folder without a checkpoint is a DataError.
@@ -210,16 +261,21 @@ def candidates(cfg: Any, load_from: Path, own: Path | None) -> list[int]:
     steps = folder.steps(load_from)
     if cfg.ckpt_step is not None:
         if cfg.ckpt_step in steps:
-            return [cfg.ckpt_step]
+            return [Found(cfg.ckpt_step, load_from)]
         known = ", ".join(map(str, steps)) or "none"
         raise DataError(
             f"--ckpt-step {cfg.ckpt_step} is not there", do=f"use one of: {known}", path=load_from
         )
-    if steps:
-        latest = folder.latest_step(load_from)
-        newest = latest if latest in steps else steps[0]
-        return sorted(steps, key=lambda step: (step > newest, -step))
-    if cfg.allow_fresh_start or (own is not None and own.resolve() == load_from.resolve()):
+    is_own = own is not None and own.resolve() == load_from.resolve()
+    latest = folder.latest_step(load_from)
+    newest = latest if latest in steps else (steps[0] if steps else 0)
+    found = [(step > newest, -step, Found(step, load_from)) for step in steps]
+    for number, (tier, known) in enumerate(tiers.items() if is_own else ()):
+        ahead = [step for step in known if step > newest]
+        found += [(False, -step, Found(step, tier, number)) for step in ahead]
+    if found:
+        return [entry[2] for entry in sorted(found, key=lambda entry: entry[:2])]
+    if cfg.allow_fresh_start or is_own:
         return []
     raise DataError(
         "--load: this folder holds no checkpoint",
@@ -228,26 +284,65 @@ def candidates(cfg: Any, load_from: Path, own: Path | None) -> list[int]:
     )
 
 
-def load_newest(cfg: Any, state: TrainState, *, load_from: Path | None, own: Path | None) -> bool:
-    """Load the best checkpoint that is whole; a damaged one is one warning and the next is tried.
-    Collective.
+def _warn_of_owner(found: list[Found]) -> None:
+    for path in {entry.directory for entry in found} | {entry.path for entry in found[:1]}:
+        why = folder.gate(path) if path.exists() else None
+        if why:
+            _log.warning("%s %s: whoever may write there decides what this run loads", path, why)
+
+
+def load_newest(
+    cfg: Any,
+    state: TrainState,
+    *,
+    load_from: Path | None,
+    own: Path | None,
+    tiers: Mapping[Path, list[int]],
+    nodes: Nodes | None = None,
+    run: ThisRun | None = None,
+    quarantine: Callable[[Found], None] | None = None,
+) -> Found | None:
+    """Load the best checkpoint that is whole; a damaged one is one warning, is moved aside by
+    `quarantine(found)`, which every rank calls, and the next is tried. Collective.
+
+    `tiers`: the steps of folders of fast tiers, whose files may be spread over `nodes`.
     """
     if load_from is None:
-        return False
-    steps = first_rank(lambda: candidates(cfg, load_from, own))
-    for step, fallback in zip(steps, [*steps[1:], None]):
+        return None
+    found = first_rank(lambda: candidates(cfg, load_from, own, tiers))
+    here = list(tiers)
+    found = [f if f.fast is None else replace(f, directory=here[f.fast]) for f in found]
+    if found and torch.distributed.get_rank() == 0:
+        _warn_of_owner(found)
+    for entry, fallback in zip(found, [*found[1:], None]):
         try:
             load(
-                load_from / folder.step_name(step),
+                entry.path,
                 state,
                 optimizer=not (cfg.finetune or cfg.no_load_optim),
                 random=not (cfg.finetune or cfg.no_load_rng),
                 counters=not cfg.finetune,
+                run=run,
+                nodes=None if entry.fast is None else nodes,
             )
-            return True
+            return entry
         except (DataError, FailedElsewhere) as error:
-            if error.code != DataError.code or fallback is None:
+            if error.code != DataError.code:
+                raise
+            if fallback is None:
                 raise
             if not isinstance(error, FailedElsewhere):  # on the rank that found it
-                _log.warning("%s; falling back to step %d", error, fallback)
-    return False
+                _log.warning("%s; falling back to step %d", error, fallback.step)
+            _set_aside(error, entry, quarantine)
+    return None
+
+
+def _set_aside(error: Fatal, entry: Found, quarantine) -> None:
+    """Only what is certainly damaged, not what could not be read just now. Collective."""
+    flags = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(flags, isinstance(error, Damaged))
+    if any(flags) and quarantine is not None:
+        try:
+            quarantine(entry)
+        except OSError as failure:
+            _log.warning("cannot move %s aside: %s", entry.path, os.strerror(failure.errno))

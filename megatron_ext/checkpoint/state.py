@@ -8,7 +8,9 @@ scale, all plain JSON.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -21,12 +23,16 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import Tensor, nn
 
-from megatron_ext.checkpoint import rng, shards
+from megatron_ext.checkpoint import complete, rng, shards
 from megatron_ext.device import current_device
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.initialise import sharding_metadata
 
 RNG_PREFIX = "rng."
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass
@@ -46,6 +52,8 @@ class TrainState:
 
     `chunks`: model chunks, wrapped in DDP or not. `optimizer` and `scheduler` are None where only
     weights matter (evaluation, generation). `extra`: plain JSON of the caller's, kept as it is.
+    `before_update` is called right before an optimizer step: a save in flight sets it to wait for
+    its copies.
     """
 
     chunks: list[nn.Module]
@@ -53,6 +61,7 @@ class TrainState:
     scheduler: Any = None
     progress: Progress = field(default_factory=Progress)
     extra: dict[str, Any] = field(default_factory=dict)
+    before_update: Callable[[], None] = _nothing
 
 
 def layout() -> dict[str, Any]:
@@ -155,6 +164,13 @@ def sync_weights(chunks: list[nn.Module]) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
+def lasting_storages(chunks: list[nn.Module]) -> set[int]:
+    """Addresses of the memory of all parameters: only an optimizer step changes what lies there,
+    while buffers (expert_bias, fp8 histories) may change in any pass.
+    """
+    return {p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters()}
+
+
 def _plain(value: Any) -> Any:
     return value.tolist() if torch.is_tensor(value) else value
 
@@ -173,6 +189,24 @@ def numbers(state: TrainState, optimizer_step: int) -> dict[str, Any]:
             "step": optimizer_step,
             "grad_scaler": scaler and {k: _plain(v) for k, v in scaler.state_dict().items()},
         },
+    }
+
+
+def record(
+    state: TrainState, optimizer_step: int, has_optimizer: bool, run_info: dict[str, Any]
+) -> dict[str, Any]:
+    """The part of a manifest that is no table of files and tensors."""
+    values = numbers(state, optimizer_step)
+    if not has_optimizer:
+        values["optimizer"] = values["scheduler"] = None
+    return {
+        "step": state.progress.step,
+        "id": uuid.uuid4().hex,
+        "time": time.time(),
+        "layout": layout(),
+        "model": complete.model_of(state.chunks[0].config),
+        **values,
+        "run": run_info,
     }
 
 

@@ -1,10 +1,11 @@
 """The Checkpointer: when and where state is saved, and which checkpoint a run starts from.
 
-    save: a folder -> pieces -> plan -> space -> private copies -> write
-    poll: every rank has written -> metadata, record -> rename -> latest
+    save           pieces -> plan -> space -> threads that copy, write, publish, read back
+    before_update  waits until everything is copied that the optimizer is about to change
+    poll           what the threads have reached, agreed over all ranks
 
-All collectives run in the caller's thread, in `save`, `poll`, `load` and `close`, so their order is
-the same on all ranks.
+All collectives run in the caller's thread, in `save`, `poll`, `finish`, `load` and `close`, so
+their order is the same on all ranks; the threads use files only (reports.py).
 """
 
 from __future__ import annotations
@@ -13,47 +14,42 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import uuid
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-from megatron_ext.checkpoint import folder, loader, writer
+from megatron_ext.checkpoint import folder, loader, tensor_file
 from megatron_ext.checkpoint import state as parts
-from megatron_ext.checkpoint.folder import Ledger, disk_error
+from megatron_ext.checkpoint.fingerprint import names
+from megatron_ext.checkpoint.ledger import Ledger
 from megatron_ext.checkpoint.lock import Lease
+from megatron_ext.checkpoint.neighbour import SpreadSave
+from megatron_ext.checkpoint.nodes import (
+    nodes_of_launch,
+    open_tiers,
+    remove_later,
+    steps_anywhere,
+)
+from megatron_ext.checkpoint.plan import Planner
+from megatron_ext.checkpoint.reports import Reports, quietly
+from megatron_ext.checkpoint.saving import DURABLE, VERIFIED, Order, Save
 from megatron_ext.checkpoint.shards import get_step
+from megatron_ext.checkpoint.spots import tensor_of
+from megatron_ext.checkpoint.staging import Image, Pool
 from megatron_ext.checkpoint.state import TrainState
-from megatron_ext.errors import DiskError, Fatal
-from megatron_ext.mesh.agree import agree, first_rank
+from megatron_ext.checkpoint.tiers import STORE, Tier, due, tiers_of, to_prune
+from megatron_ext.device import current_device
+from megatron_ext.errors import Fatal, LockedError
+from megatron_ext.mesh.agree import FailedElsewhere, agree, first_rank
 
-T = TypeVar("T")
 MAX_FAILED_SAVES = 3
+_SYNC_POOL_BYTES = 64 << 20  # a synchronous save waits anyway
+_POLL_S = 0.002
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Pending:
-    """A save that has been staged and is being written."""
-
-    step: int
-    writing: Path
-    shard: writer.Shard
-    record: dict[str, Any]
-    started: float
-    num_bytes: int
-
-
-def _or_disk_error(action: Callable[[], T], path: Path, num_bytes: int | None = None) -> T:
-    """Run on one rank; an OSError becomes the one-line DiskError."""
-    try:
-        return action()
-    except OSError as error:
-        raise disk_error(error, path, num_bytes) from error
 
 
 class Checkpointer:
@@ -63,34 +59,53 @@ class Checkpointer:
         cfg: cfg.checkpoint.
         directory: where to save; None for a run that never saves (no lease is taken).
         load_from: where to look for a checkpoint; None: start fresh.
-        run_info: plain JSON about the run (config, versions), kept in each checkpoint.
+        run_info: plain JSON about the run (config, versions), kept in each checkpoint;
+            "fingerprint" in it is compared when a run resumes.
+        may_change: flags in which the fingerprint may differ, beside --accept-change.
 
     Raises LockedError (73) when another run saves there, DiskError (74) when the folder cannot be
     written.
     """
 
     def __init__(
-        self, cfg: Any, directory: Path | None, load_from: Path | None, *, run_info: dict[str, Any]
+        self,
+        cfg: Any,
+        directory: Path | None,
+        load_from: Path | None,
+        *,
+        run_info: dict[str, Any],
+        may_change: Collection[str] = (),
     ) -> None:
         self.cfg = cfg
         self.directory = None if directory is None else Path(directory)
         self.load_from = None if load_from is None else Path(load_from)
         self.run_info = run_info
+        may_change = frozenset(may_change) | names(cfg.accept_change)
+        self._this_run = loader.ThisRun(run_info.get("fingerprint") or {}, may_change)
         self.last_error: Fatal | None = None
-        self._planner = writer.Planner(share_replicas=cfg.ckpt_fully_parallel_save)
-        self._pending: _Pending | None = None
+        self.tiers = [] if self.directory is None else tiers_of(cfg, self.directory)
+        self._planner = Planner(share_replicas=cfg.ckpt_fully_parallel_save)
+        limit = cfg.ckpt_staging_bytes if cfg.async_save else _SYNC_POOL_BYTES
+        self._pool = Pool(limit, pinned=current_device().type == "cuda")
+        self._saves: list[Save] = []
         self._num_failed = 0
+        self._loaded: loader.Found | None = None
+        self._course: int | None = -1  # the first save deletes steps of fast tiers after it
         self._lease: Lease | None = None
         self._is_first = torch.distributed.get_rank() == 0
         self._group = torch.distributed.new_group(backend="gloo")
+        self._fast = [tier.directory for tier in self.tiers if tier.name != STORE]
+        self._nodes = nodes_of_launch() if self._fast else None
         if self.directory is not None:
             first_rank(self._open_directory)
+        self._spread = open_tiers(self.tiers, self._nodes) if self._fast else frozenset()
 
     def _open_directory(self) -> None:
         lease = Lease(self.directory)
         lease.take()
         self._lease = lease
-        for name in folder.remove_unfinished(self.directory):
+        left = folder.on_disk(self.directory, lambda: folder.remove_unfinished(self.directory))
+        for name in (name for name in left if ".reports" not in name):
             _log.warning("removed an unfinished checkpoint: %s", self.directory / name)
 
     def __enter__(self) -> Checkpointer:
@@ -99,159 +114,211 @@ class Checkpointer:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def save(self, state: TrainState) -> None:
-        """Save; returns when it is on disk, or with --async-save when the state is copied.
+    def due(self, step: int) -> str | None:
+        """The tier that a save after this step goes to, by the intervals; None: no save."""
+        return due(self.tiers, step)
 
-        One save is in flight at most: a second one waits for the first. Raises DiskError,
-        LockedError.
+    def save(self, state: TrainState, tier: str = STORE) -> None:
+        """Save; returns when it is on disk, or with --async-save at once: the weights are copied
+        until `before_update`.
+
+        One save is written at a time: a second one waits for the first. A failure is one warning,
+        the third in a row raises. Raises DiskError, LockedError.
         """
         assert self.directory is not None, (
             "this Checkpointer was made without a folder to save into"
         )
-        self.poll(blocking=True)
-        begin, step = time.perf_counter(), state.progress.step
-        writing = first_rank(lambda: self._begin(step))
+        self._wait_for(DURABLE)
+        place = next(entry for entry in self.tiers if entry.name == tier)
         try:
-            self._pending = self._stage(state, step, writing, begin)
-        except Fatal:
-            self._discard(writing)
-            raise
-        if self.cfg.async_save:
-            self._pending.shard.start()
-            self._note("staged", self._pending)
-        else:
-            self._pending.shard.write()
-            self._finish(raise_at_once=True)
+            save = self._stage(state, place)
+        except (Fatal, OSError) as error:
+            self._count_failure(state.progress.step, error)
+            return
+        self._saves.append(save)
+        state.before_update = self.before_update
+        save.start()
+        if not self.cfg.async_save:
+            self._wait_for(DURABLE)
 
-    def _begin(self, step: int) -> Path:
-        self._lease.check()
-        return _or_disk_error(lambda: self._make_folder(step), self.directory)
-
-    def _make_folder(self, step: int) -> Path:
-        Ledger(self.directory).add("requested", step, asynchronous=bool(self.cfg.async_save))
-        return folder.begin(self.directory, step)
-
-    def _stage(self, state: TrainState, step: int, writing: Path, begin: float) -> _Pending:
-        """Plan, check the space, and copy what training will change."""
+    def _stage(self, state: TrainState, tier: Tier) -> Save:
+        """Plan, check the space, make the folder, and copy what is small or changes before the next
+        update.
+        """
+        begin, step = time.perf_counter(), state.progress.step
         parts.sync_weights(state.chunks)
         model = parts.sharded_model(state.chunks)
         has_optimizer = state.optimizer is not None and not self.cfg.no_save_optim
         states = parts.sharded_optimizer(state.optimizer, model)[0] if has_optimizer else []
         streams = {} if self.cfg.no_save_rng else parts.sharded_rng()
         try:
-            pieces = self._planner.plan(parts.built([model, states, streams]))
+            mine = self._planner.plan(parts.built([model, states, streams]))
         except ValueError as error:
             raise AssertionError(f"the ranks do not hold a whole model: {error}") from error
-        shard = writer.stage(pieces, writing, copy=self.cfg.async_save)
-        totals = self._all_reduce([shard.num_bytes], torch.distributed.ReduceOp.SUM)
-        steps = self._all_reduce([get_step(state.optimizer)], torch.distributed.ReduceOp.MAX)
-        record = self._record(state, steps[0], has_optimizer)
-        first_rank(lambda: folder.check_space(self.directory, totals[0]))
-        return _Pending(step, writing, shard, record, begin, totals[0])
-
-    def _record(
-        self, state: TrainState, optimizer_step: int, has_optimizer: bool
-    ) -> dict[str, Any]:
-        values = parts.numbers(state, optimizer_step)
-        if not has_optimizer:
-            values["optimizer"] = values["scheduler"] = None
-        return {
-            "format": "pretrain_moe",
-            "version": folder.RECORD_VERSION,
-            "step": state.progress.step,
-            "time": time.time(),
-            "layout": parts.layout(),
-            **values,
-            "run": self.run_info,
-        }
-
-    def _finish(self, raise_at_once: bool) -> list[int]:
-        """All ranks have stopped writing: publish the checkpoint, or drop it if a rank failed."""
-        pending, self._pending = self._pending, None
-        try:
-            agree(lambda: self._check_written(pending))
-            world = torch.distributed.get_world_size()
-            results: list | None = [None] * world if self._is_first else None
-            torch.distributed.gather_object(
-                pending.shard.results, results, dst=0, group=self._group
+        layout = tensor_file.arrange([spot for spot, _ in mine])
+        numbers = self._all_reduce([get_step(state.optimizer)], torch.distributed.ReduceOp.MAX)
+        total = self._all_reduce([layout.num_bytes], torch.distributed.ReduceOp.SUM)[0]
+        record = parts.record(state, numbers[0], has_optimizer, self.run_info)
+        identity = first_rank(lambda: self._request(step, tier))
+        if self._fast and self._course is not None:
+            remove_later(self._fast, self._course, self._nodes)
+            self._course = None
+        agree(lambda: self._begin(step, tier, identity, total))
+        order = Order(
+            step=step,
+            identity=identity,
+            directory=tier.directory,
+            num_bytes=total,
+            record=record,
+            by_rank=self._planner.by_rank,
+            check_lease=self._lease.check if self._lease else lambda: None,
+            prune=lambda newest: self._prune(tier, newest),
+        )
+        lasting = parts.lasting_storages(state.chunks)
+        sources = []
+        for index, _ in layout.places:
+            spot, piece = mine[index]
+            data = tensor_of(piece)
+            is_lasting = spot.name.startswith(parts.shards.PREFIX) or (
+                data.untyped_storage().data_ptr() in lasting
             )
-            first_rank(lambda: self._publish(pending, results))
-        except Fatal as error:
-            self._failed(pending, error, raise_at_once)
-            return []
-        self._num_failed, self.last_error = 0, None
-        return [pending.step]
+            sources.append((spot.num_bytes, data if is_lasting else data.clone()))
+        image = Image(layout.header, sources, self._pool)
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if tier.name in self._spread:
+            return SpreadSave(order, image, rank, world, started=begin, nodes=self._nodes)
+        return Save(order, image, rank, world, started=begin)
 
-    def _check_written(self, pending: _Pending) -> None:
-        error = pending.shard.error
-        if isinstance(error, OSError):
-            raise disk_error(error, pending.shard.path, pending.shard.num_bytes)
-        if error is not None:
-            raise DiskError(
-                f"the checkpoint writer of rank {torch.distributed.get_rank()} failed: {error!r}",
-                do="see the rank's log; the previous checkpoint is still the latest",
-                path=pending.shard.path,
-            )
-
-    def _publish(self, pending: _Pending, results: list) -> None:
+    def _request(self, step: int, tier: Tier) -> str:
+        """Rank 0: the ledger's line and the name of this save."""
         self._lease.check()
+        made = tier.directory.mkdir
+        folder.on_disk(tier.directory, lambda: made(parents=True, exist_ok=True, mode=0o700))
+        ledger = Ledger(tier.directory)
+        quietly(lambda: ledger.add("requested", step, asynchronous=bool(self.cfg.async_save)))
+        return uuid.uuid4().hex[:8]
 
-        def write() -> None:
-            writer.write_metadata(self._planner.metadata, results, pending.writing)
-            torch.save(
-                {"iteration": pending.step, "checkpoint_version": 3.0},
-                pending.writing / "common.pt",
-            )
-            save_config(CheckpointingConfig("torch_dist", 1), str(pending.writing))
-            folder.finish(pending.writing, self.directory, pending.record)
-
-        _or_disk_error(write, self.directory, pending.num_bytes)
-        self._note("durable", pending)
-
-    def _failed(self, pending: _Pending, error: Fatal, raise_at_once: bool) -> None:
-        """Training goes on without this checkpoint; not after MAX_FAILED_SAVES in a row."""
-        self.last_error = error
-        self._num_failed += 1
-        self._note("failed", pending, error=str(error))
-        self._discard(pending.writing)
-        if raise_at_once or self._num_failed >= MAX_FAILED_SAVES:
-            raise error
-        if self._is_first:
-            _log.warning("checkpoint of step %d failed, training goes on: %s", pending.step, error)
-
-    def _note(self, event: str, pending: _Pending, **values: Any) -> None:
-        """A line in the ledger; a full disk does not make it worth an error of its own."""
-        if not self._is_first:
+    def _begin(self, step: int, tier: Tier, identity: str, num_bytes: int) -> None:
+        """Enough space, and the folders that all ranks (of a node, where it is spread) write into:
+        twice a node's share then, because of the copies.
+        """
+        is_spread = tier.name in self._spread
+        if not (self._nodes.is_leader if is_spread else self._is_first):
             return
-        seconds = round(time.perf_counter() - pending.started, 3)
+        needed = 2 * num_bytes // self._nodes.count if is_spread else num_bytes
         try:
-            Ledger(self.directory).add(
-                event, pending.step, bytes=pending.num_bytes, seconds=seconds, **values
-            )
+            tier.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.check_space(tier.directory, needed)
+            if not is_spread:
+                Reports(tier.directory, step, identity).begin()
+            folder.begin(tier.directory, step, identity)
         except OSError as error:
-            _log.warning("cannot append to the ledger: %s", error)
+            raise folder.disk_error(error, tier.directory, needed) from error
 
-    def _discard(self, writing: Path) -> None:
-        if self._is_first:
-            shutil.rmtree(writing, ignore_errors=True)
+    def _prune(self, tier: Tier, newest: int) -> list[int]:
+        """The thread of rank 0, or of a node's leader, when `newest` has been read back: delete
+        what need not stay.
+        """
+        keep = {self._loaded.step} if self._loaded_from(tier.directory) else set()
+        gone = to_prune(folder.steps(tier.directory), newest, tier, keep)
+        for step in gone:
+            folder.remove_step(tier.directory, step)
+        return gone
+
+    def _loaded_from(self, directory: Path) -> bool:
+        return self._loaded is not None and (
+            self._loaded.directory.resolve() == directory.resolve()
+        )
+
+    def before_update(self) -> None:
+        """Call before anything changes weights or optimizer states: waits until the save in flight
+        has copied them. Not collective.
+        """
+        for save in self._saves:
+            save.image.copied.wait()
 
     def poll(self, blocking: bool = False) -> list[int]:
-        """The steps whose asynchronous save has just become durable, on all ranks alike.
+        """The steps whose save has just become durable, on all ranks alike.
 
         Call once a step: it costs nothing while no save is in flight. `blocking` waits for it. A
         failed save is one warning; the third in a row raises.
         """
-        if self._pending is None:
+        return self._wait_for(DURABLE) if blocking else self._look()
+
+    def finish(self) -> None:
+        """The end of a run: wait until everything is read back, empty /dev/shm, which is of no more
+        use. Raises if the last save failed.
+        """
+        self._wait_for(VERIFIED)
+        if self.last_error is not None:
+            error, self.last_error = self.last_error, None
+            raise error
+        for tier in self.tiers:
+            if tier.name == "memory" and self._nodes.is_leader:
+                shutil.rmtree(tier.directory, ignore_errors=True)
+
+    def _wait_for(self, phase: int) -> list[int]:
+        """Look until no save is before `phase`; every rank leaves after the same look."""
+        found, pause = [], _POLL_S
+        while self._saves:
+            found += self._look()
+            if all(save.agreed >= phase for save in self._saves):
+                break
+            self._saves[-1].changed.wait(pause)
+            time.sleep(_POLL_S)
+            pause = min(2 * pause, 0.05)
+        return found
+
+    def _look(self) -> list[int]:
+        """One all-reduce: rank 0's phase of each save, and whether any rank's thread failed."""
+        if not self._saves:
             return []
-        if blocking:
-            self._pending.shard.done.wait()
-        is_writing = not self._pending.shard.done.is_set()
-        if self._all_reduce([int(is_writing)], torch.distributed.ReduceOp.MAX)[0]:
-            return []
-        return self._finish(raise_at_once=False)
+        values = []
+        for save in self._saves:
+            values += [save.phase if self._is_first else 0, save.error is not None]
+        agreed = self._all_reduce([int(v) for v in values], torch.distributed.ReduceOp.MAX)
+        durable = []
+        for index, save in enumerate(list(self._saves)):
+            phase, has_failed = agreed[2 * index : 2 * index + 2]
+            if has_failed:
+                self._saves.remove(save)
+                self._give_up(save)
+                continue
+            if save.agreed < DURABLE <= phase:
+                durable.append(save.order.step)
+                self._num_failed, self.last_error = 0, None
+            save.agreed = phase
+            if phase >= VERIFIED:
+                self._saves.remove(save)
+        return durable
+
+    def _give_up(self, save: Save) -> None:
+        """Some rank's thread failed: all ranks learn why from the one that knows."""
+        save.give_up()
+        save.image.copied.wait()
+
+        def tell() -> None:
+            if save.error is not None and not save.is_elsewhere:
+                raise save.error
+
+        try:
+            agree(tell)
+        except Fatal as error:
+            self._count_failure(save.order.step, error)
+
+    def _count_failure(self, step: int, error: Fatal | OSError) -> None:
+        """Training goes on without this checkpoint; not after MAX_FAILED_SAVES in a row."""
+        self.last_error = error
+        self._num_failed += 1
+        lost = error.code == LockedError.code
+        if lost or self._num_failed >= MAX_FAILED_SAVES:
+            self.last_error = None
+            raise error
+        if not isinstance(error, FailedElsewhere):
+            _log.warning("checkpoint of step %d failed, training goes on: %s", step, error)
 
     def close(self) -> None:
-        """Wait for the save in flight and give the folder free. Raises if the last save failed.
+        """Wait for the saves in flight and give the folder free. Raises if the last save failed.
 
         While an exception passes through (this rank failed and the others may be gone) nothing is
         waited for.
@@ -259,9 +326,11 @@ class Checkpointer:
         is_failing = sys.exc_info()[0] is not None
         try:
             if not is_failing:
-                self.poll(blocking=True)
+                self._wait_for(VERIFIED)
         finally:
-            self._pending = None
+            for save in self._saves:
+                save.give_up()
+            self._saves = []
             if self._lease is not None:
                 self._lease.release()
                 self._lease = None
@@ -275,14 +344,26 @@ class Checkpointer:
         return tensor.tolist()
 
     def load(self, state: TrainState) -> bool:
-        """Fill `state` from the newest complete checkpoint, or --ckpt-step's.
+        """Fill `state` from the newest checkpoint whose every byte is right, or --ckpt-step's.
 
         False: there is nothing to load and that is allowed, the run starts fresh. Raises DataError
         (65) where there is no checkpoint or a damaged one, Misfit (64) where it is of another
-        model.
+        model or run.
         """
         own = self.directory
-        if loader.load_newest(self.cfg, state, load_from=self.load_from, own=own):
+        ahead = steps_anywhere(self._fast, self._nodes) if self._fast else {}
+        self._loaded = loader.load_newest(
+            self.cfg,
+            state,
+            load_from=self.load_from,
+            own=own,
+            tiers=ahead,
+            nodes=self._nodes,
+            run=self._this_run,
+            quarantine=self._quarantine if self._is_own(self.load_from) else None,
+        )
+        if self._loaded is not None:
+            self._course = self._loaded.step if self._is_own(self.load_from) else -1
             return True
         if self._is_first and own is not None and folder.steps(own):
             _log.warning(
@@ -292,3 +373,17 @@ class Checkpointer:
                 folder.steps(own)[0],
             )
         return False
+
+    def _is_own(self, path: Path | None) -> bool:
+        own = self.directory
+        return own is not None and path is not None and own.resolve() == path.resolve()
+
+    def _quarantine(self, found: loader.Found) -> None:
+        """A damaged step is no candidate any more. By rank 0, which holds the lease; in a fast tier
+        by each node's leader.
+        """
+        is_first_here = self._is_first if found.fast is None else self._nodes.is_leader
+        if not is_first_here or not found.path.exists():
+            return
+        moved = folder.quarantine(found.directory, found.step)
+        Ledger(found.directory).add("quarantined", found.step, to=moved.name)

@@ -1,224 +1,113 @@
-"""Shards to disk: who writes what (plan), a private copy, and the bytes, in the background where
-asked.
+"""An image to disk: hashed while it is written, past the page cache where the file system allows.
 
-The files are megatron-core's `torch_dist` format (torch.distributed.checkpoint):
-`__<rank>_0.distcp`, each entry a `torch.save` of one piece, and `.metadata` with their places.
-Written here and not by megatron-core's own writer, because on a CPU that one shares live storage
-with the optimizer, starts a manager process and forked writers whose death nobody sees, and reports
-a full disk as "unexpected pos". Here a thread writes: it dies with its process.
-
-    plan (collective, once) -> stage (private copy) -> write (thread) -> results, gathered to rank 0
+Large aligned writes with O_DIRECT reach the disk at its own speed and leave the page cache to the
+data; where a file system refuses them (EINVAL) the same loop writes through the cache. Both end
+with fsync.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-import threading
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
-from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
+from megatron_ext.checkpoint.hashes import FileHash, Hasher, block_size, check_blocks
+from megatron_ext.checkpoint.manifest import open_regular
+from megatron_ext.checkpoint.staging import Image
+
+PAGE = 4096
+_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
-def _tensor_of(piece: ShardedTensor) -> Tensor:
-    return piece.data.detach().reshape((1,) * piece.prepend_axis_num + tuple(piece.local_shape))
+def _open(path: Path) -> tuple[int, bool]:
+    """(descriptor of a new file, whether writes must be aligned)."""
+    try:
+        return os.open(path, _FLAGS | _DIRECT, 0o644), bool(_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        path.unlink(missing_ok=True)
+        return os.open(path, _FLAGS, 0o644), False
 
 
-def _index(piece: ShardedTensor | ShardedObject) -> MetadataIndex:
-    if isinstance(piece, ShardedObject):
-        return MetadataIndex(piece.unique_key)
-    return MetadataIndex(piece.key, torch.Size(piece.global_offset))
-
-
-def _write_item(piece: ShardedTensor | ShardedObject) -> WriteItem:
-    if isinstance(piece, ShardedObject):
-        return WriteItem(index=_index(piece), type=WriteItemType.BYTE_IO)
-    tensor = _tensor_of(piece)
-    data = TensorWriteData(
-        chunk=ChunkStorageMetadata(offsets=torch.Size(piece.global_offset), sizes=tensor.shape),
-        properties=TensorProperties(dtype=tensor.dtype),
-        size=torch.Size(piece.global_shape),
-    )
-    return WriteItem(index=_index(piece), type=WriteItemType.SHARD, tensor_data=data)
-
-
-class Planner:
-    """Decides once which rank writes which replica, and again only when the pieces of some rank
-    changed.
-    """
-
-    def __init__(self, share_replicas: bool) -> None:
-        self.share_replicas = share_replicas
-        self.metadata: Metadata | None = None  # on rank 0
-        self._signature: list | None = None
-        self._mine: set[MetadataIndex] = set()
-
-    def plan(self, pieces: Iterable[ShardedTensor | ShardedObject]) -> list:
-        """The pieces that this rank writes. Collective.
-
-        With `share_replicas` the copies of a weight on dp ranks compete and the rank with fewest
-        bytes gets it; otherwise the first replica is written. Raises ValueError where the pieces of
-        all ranks leave a gap or overlap.
-        """
-        pieces = list({_index(piece): piece for piece in pieces}.values())  # tied weights once
-        if not self.share_replicas:
-            pieces = [piece for piece in pieces if is_main_replica(piece.replica_id)]
-        items = [_write_item(piece) for piece in pieces]
-        signature = [(item.index, item.tensor_data) for item in items]
-        changed: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(changed, signature != self._signature)
-        if any(changed):
-            self._mine = self._agree(items)
-            self._signature = signature
-        return [piece for piece in pieces if _index(piece) in self._mine]
-
-    def _agree(self, items: list[WriteItem]) -> set[MetadataIndex]:
-        """All ranks' items to rank 0, which drops copies and checks coverage; back comes what each
-        rank writes.
-        """
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        plans: list | None = [None] * world if rank == 0 else None
-        torch.distributed.gather_object(SavePlan(items), plans, dst=0)
-        answer: list = [None]
-        if plans is not None:
-            try:
-                final, self.metadata = DefaultSavePlanner(
-                    flatten_state_dict=False
-                ).create_global_plan(plans)
-                answer = [[{item.index for item in plan.items} for plan in final]]
-            except ValueError as error:
-                answer = [error]
-        torch.distributed.broadcast_object_list(answer, src=0)
-        if isinstance(answer[0], ValueError):
-            raise answer[0]
-        return answer[0][rank]
-
-
-class _Stream:
-    """The file as `torch.save` sees it; keeps the OSError that torch's zip writer would turn into a
-    RuntimeError.
-    """
+class NewFile:
+    """A new file that takes aligned blocks in order."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb", buffering=0)
-        self.position = 0
-        self.error: OSError | None = None
+        self.path, self.position = path, 0
+        self.descriptor, self.is_direct = _open(path)
 
-    def write(self, data: bytes) -> int:
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[self._file.write(view) :]
-        except OSError as error:
-            self.error = error
-            raise
-        self.position += len(data)
-        return len(data)
+    def _through_cache(self) -> None:
+        """Some file systems take O_DIRECT when opening and refuse it when writing."""
+        os.close(self.descriptor)
+        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self.is_direct = False
 
-    def flush(self) -> None:
-        pass
+    def write(self, data: memoryview) -> None:
+        """The next bytes. Raises OSError."""
+        while len(data):
+            if self.is_direct and (self.position % PAGE or len(data) % PAGE):
+                self._through_cache()  # after a short write
+            try:
+                count = os.pwrite(self.descriptor, data, self.position)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self.is_direct:
+                    raise
+                self._through_cache()
+                continue
+            data, self.position = data[count:], self.position + count
 
-    def close(self, sync: bool) -> None:
-        if sync:
-            os.fsync(self._file.fileno())
-        self._file.close()
+    def write_padded(self, memory: memoryview, filled: int) -> None:
+        """The next `filled` bytes out of a block of whole pages. Raises OSError."""
+        padded = -(-filled // PAGE) * PAGE if self.is_direct else filled
+        memory[filled:padded] = bytes(padded - filled)
+        self.write(memory[:padded])
 
-
-@dataclass
-class Shard:
-    """The file of one rank: pieces to write, then what was written where."""
-
-    path: Path
-    pieces: list
-    num_bytes: int
-    is_private: bool
-    results: list[WriteResult] = field(default_factory=list)
-    error: BaseException | None = None
-    seconds: float = 0.0
-    done: threading.Event = field(default_factory=threading.Event)
-
-    def start(self) -> None:
-        """Write in a thread of this process."""
-        threading.Thread(target=self.write, name=f"write {self.path.name}", daemon=True).start()
-
-    def write(self) -> None:
-        """Write and fsync; never raises: an error is kept for the main thread."""
-        begin = time.perf_counter()
-        try:
-            self._write()
-        except BaseException as error:
-            self.error = error
-        self.pieces = []
-        self.seconds = time.perf_counter() - begin
-        self.done.set()
-
-    def _write(self) -> None:
-        stream = _Stream(self.path)
-        is_complete = False
-        try:
-            for index, value in self.pieces:
-                begin = stream.position
-                self._save(value, stream)
-                length = stream.position - begin
-                info = _StorageInfo(self.path.name, begin, length)
-                self.results.append(
-                    WriteResult(index=index, size_in_bytes=length, storage_data=info)
-                )
-            is_complete = True
-        finally:
-            stream.close(sync=is_complete)
-
-    def _save(self, value: object, stream: _Stream) -> None:
-        if torch.is_tensor(value) and not self.is_private:
-            value = private_copy(
-                value
-            )  # one at a time; a view would drag its whole storage into the file
-        try:
-            torch.save(value, stream)
-        except RuntimeError as error:
-            if stream.error is not None:
-                raise stream.error from error
-            raise
+    def finish(self, num_bytes: int) -> None:
+        """Cut the padding off and wait until everything is on the disk."""
+        if self.position != num_bytes:
+            os.ftruncate(self.descriptor, num_bytes)
+        os.fsync(self.descriptor)
 
 
-def private_copy(tensor: Tensor) -> Tensor:
-    """A copy in host memory that no later optimizer step can change."""
-    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def stage(pieces: list, folder: Path, copy: bool) -> Shard:
-    """This rank's file in `folder`, not yet written; `copy`: of private copies, so that training
-    may go on.
+def write_image(image: Image, path: Path) -> FileHash:
+    """Write and fsync all blocks of an image to a new file; a thread hashes each while the disk
+    takes it. Raises OSError and what the copy raised; blocks go back to their pool in any case.
     """
-    values = []
-    for piece in pieces:
-        if isinstance(piece, ShardedObject):
-            values.append((_index(piece), [piece.data]))  # megatron-core reads a list of objects
-        else:
-            tensor = _tensor_of(piece)
-            values.append((_index(piece), private_copy(tensor) if copy else tensor))
-    tensors = [value for _, value in values if torch.is_tensor(value)]
-    num_bytes = sum(t.numel() * t.element_size() for t in tensors)
-    name = f"__{torch.distributed.get_rank()}_0.distcp"
-    return Shard(folder / name, values, num_bytes, is_private=copy)
+    hasher = Hasher(image.num_bytes)
+    file = None
+    try:
+        file = NewFile(path)
+        with ThreadPoolExecutor(1, "hash") as hashing:
+            for block, filled in image.blocks():
+                memory = memoryview(block.numpy())
+                hashed = hashing.submit(hasher.update, memory[:filled])
+                try:
+                    file.write_padded(memory, filled)
+                finally:
+                    hashed.result()
+                    image.pool.give(block)
+        file.finish(image.num_bytes)
+    except BaseException:
+        image.drop()
+        raise
+    finally:
+        if file is not None:
+            os.close(file.descriptor)
+    return hasher.finish()
 
 
-def write_metadata(metadata: Metadata, results: list[list[WriteResult]], folder: Path) -> None:
-    """Rank 0's table of every piece (file, offset, length), written by torch's own writer."""
-    writer = FileSystemWriter(folder)
-    writer.set_up_storage_writer(is_coordinator=True)
-    writer.finish(metadata, results)
+def read_back(path: Path, descriptor: int, expected: FileHash) -> int:
+    """Hash a written file again from the disk; returns its bytes. Raises Damaged."""
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    count = check_blocks(descriptor, path, expected)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    return count
+
+
+def open_written(path: Path, expected: FileHash) -> int:
+    """A descriptor that stays valid while the folder gets its name."""
+    assert expected.block_bytes == block_size(expected.num_bytes)
+    return open_regular(path, expected.num_bytes)

@@ -1,0 +1,63 @@
+"""`ledger.jsonl`: one line for each thing that happened to a checkpoint, appended by rank 0.
+
+Events: requested, staged (copied: training may change the weights), durable (named and on disk),
+verified (read back, all hashes agree), pruned, failed, quarantined.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+LEDGER = "ledger.jsonl"
+
+
+class Ledger:
+    """Appends whole lines; the threads of a save share it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / LEDGER
+        self._lock = threading.Lock()
+
+    def add(self, event: str, step: int, **values: Any) -> None:
+        """Append one line. Raises OSError."""
+        line = {"time": round(time.time(), 3), "event": event, "step": step, **values}
+        data = (json.dumps(line) + "\n").encode()
+        with self._lock:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(descriptor, data)
+            finally:
+                os.close(descriptor)
+
+
+def read_ledger(directory: Path) -> list[dict[str, Any]]:
+    """All lines that can be read; a line cut by a crash is left out."""
+    try:
+        text = (directory / LEDGER).read_text(errors="replace")
+    except OSError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            found.append(entry)
+    return found
+
+
+def verified_steps(directory: Path) -> dict[int, bool]:
+    """step -> whether the newest save of it has been read back without a fault."""
+    found: dict[int, bool] = {}
+    for entry in read_ledger(directory):
+        if entry.get("event") in ("durable", "failed", "quarantined"):
+            found[entry["step"]] = False
+        elif entry.get("event") == "verified":
+            found[entry["step"]] = True
+    return found
