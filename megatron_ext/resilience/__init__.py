@@ -1,0 +1,1 @@
+"""A run that watches itself: heartbeats and hangs, stragglers, replay, replicas that differ."""
