@@ -44,6 +44,23 @@ def step_line(record: dict[str, Any], *, num_steps: int, log_throughput: bool) -
     return "".join(parts)
 
 
+def expert_line(record: dict[str, Any], num_experts: int) -> str:
+    """How the experts of the model are in this step: the worst layer is that of the largest MaxVio;
+    layers count from 1.
+    """
+    violations = record["max_violation_per_layer"]
+    worst = max(range(len(violations)), key=violations.__getitem__)
+    dead = round(record["dead_expert_share_per_layer"][worst] * num_experts)
+    of_worst = f"MaxVio {violations[worst]:.3f}, dead {dead} of {num_experts}"
+    return (
+        f" experts | MaxVio: {record['max_violation']:.3f} |"
+        f" worst layer: {worst + 1} ({of_worst}) |"
+        f" dead experts: {record['num_dead_experts']} ({record['dead_expert_share']:.1%}) |"
+        f" router entropy: {record['router_entropy_share']:.3f} |"
+        f" load entropy: {record['load_entropy_share']:.3f} |"
+    )
+
+
 def validation_line(record: dict[str, Any]) -> str:
     """One evaluation as Megatron-LM prints it, with bits per byte after it."""
     bits = record.get("bits_per_byte")

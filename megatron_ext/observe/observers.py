@@ -14,8 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_ext.config import RunConfig
 from megatron_ext.moe.stats import RoutingRecord
 from megatron_ext.observe import console
+from megatron_ext.observe.artist import Artist
+from megatron_ext.observe.attempt import Attempts
+from megatron_ext.observe.ledger_events import LedgerEvents
 from megatron_ext.observe.metrics import MetricsFile
 from megatron_ext.observe.run_dir import RunDirectory
+from megatron_ext.observe.sinks import open_sinks
 from megatron_ext.observe.tensorboard import TensorBoard
 
 AVERAGED = ("lm_loss", "step_time_s")
@@ -38,12 +42,14 @@ class Observers:
         self._last_routing: tuple[int, RoutingRecord | None] = (first_step, None)
         self._pending: list[dict[str, Any]] = []
         self._bar: Progress | None = None
+        self._attempt = Attempts()
         if not is_active:
             return
-        self._metrics = MetricsFile(where.metrics, first_step)
-        self._board = TensorBoard(
-            where.tensorboard, cfg.observe.tensorboard_queue_size, cfg.to_yaml(), first_step
-        )
+        self._metrics = self._attempt("metrics.jsonl", MetricsFile, where.metrics, first_step)
+        self._board = self._attempt("TensorBoard", TensorBoard, where.tensorboard, cfg, first_step)
+        self._artist = self._attempt("routing.jsonl", Artist, where.root, self._show, first_step)
+        self._ledger = self._attempt("ledger.jsonl", LedgerEvents, where.save)
+        self._sinks = self._attempt("wandb or prometheus", open_sinks, cfg, where.root) or []
         if sys.stdout.isatty():
             self._bar = _progress_bar()
             self._task = self._bar.add_task("train", total=num_steps, completed=first_step)
@@ -56,16 +62,21 @@ class Observers:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, flush=True)
+            self._attempt("stdout", print, text, flush=True)
 
     def step(self, record: dict[str, Any], routing: RoutingRecord | None) -> None:
         """A finished training step and its routing (None for a dense model)."""
         if not self.is_active:
             return
-        self._metrics.write(record)
+        self._write(record)
         self._last_routing = (record["step"], routing)
         if record["step"] % self.cfg.observe.tensorboard_log_interval == 0:
-            self._board.write_step(record)
+            self._attempt("TensorBoard", lambda: self._board.write_step(record))
+        if routing is not None and routing.look is not None:
+            domains = list(record.get("tokens_seen_per_domain") or ())
+            self._attempt(
+                "routing.jsonl", lambda: self._artist.draw(record["step"], routing, domains)
+            )
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"])
         self._pending.append(record)
@@ -81,19 +92,38 @@ class Observers:
                     log_throughput=self.cfg.observe.log_throughput,
                 )
             )
+            if routing is not None:
+                self.say(console.expert_line(record, routing.num_experts))
+            self._checkpoint_events(record["step"])
 
     def validation(self, record: dict[str, Any]) -> None:
         """A finished evaluation."""
         if not self.is_active:
             return
-        self._metrics.write(record)
-        self._board.write_validation(
-            record, with_perplexity=self.cfg.observe.log_validation_ppl_to_tensorboard
-        )
+        self._write(record)
+        perplexity = self.cfg.observe.log_validation_ppl_to_tensorboard
+        self._attempt("TensorBoard", lambda: self._board.write_validation(record, perplexity))
         line = console.validation_line(record)
         self.say("-" * len(line))
         self.say(line)
         self.say("-" * len(line))
+
+    def verdict(self, found: Any) -> None:
+        """A fault of the run's health (resilience.health.Verdict)."""
+        if not self.is_active:
+            return
+        self._write(found.record())
+        self._attempt(
+            "TensorBoard", lambda: self._board.write_text("health", str(found), found.step)
+        )
+        self.say(f"warning: {found}")
+
+    def straggler(self, finding: Any) -> None:
+        """A rank that holds up the others (resilience.straggler.Finding)."""
+        if not self.is_active:
+            return
+        self._write(finding.record())
+        self.say(f"warning: {finding}")
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -101,9 +131,28 @@ class Observers:
             return
         if self._bar is not None:
             self._bar.stop()
-        self._write_expert_load()
-        self._metrics.close()
-        self._board.close()
+        self._checkpoint_events(self._last_routing[0])
+        self._attempt("expert_load.json", self._write_expert_load)
+        self._attempt("routing.jsonl", lambda: self._artist.close())
+        self._attempt("metrics.jsonl", lambda: self._metrics.close())
+        self._attempt("TensorBoard", lambda: self._board.close())
+        for sink in self._sinks:
+            self._attempt(type(sink).__name__, sink.close)
+
+    def _show(self, tag: str, png: bytes, step: int) -> None:
+        self._attempt("TensorBoard", lambda: self._board.write_picture(tag, png, step))
+
+    def _checkpoint_events(self, step: int) -> None:
+        """Show what the checkpoints' ledger has got since the last look."""
+        for event in self._attempt("ledger.jsonl", lambda: self._ledger.new()) or ():
+            self._attempt(
+                "TensorBoard", lambda event=event: self._board.write_checkpoint_event(event, step)
+            )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._attempt("metrics.jsonl", lambda: self._metrics.write(record))
+        for sink in self._sinks:
+            self._attempt(type(sink).__name__, sink.write, record)
 
     def _write_expert_load(self) -> None:
         """RUN/expert_load.json: assignments per layer and expert of the last step, [L][E]."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import DiskError
+from megatron_ext.observe.attempt import PatientFileHandler
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,21 @@ def places(cfg: RunConfig, root: str) -> RunDirectory:
     )
 
 
+def has_checkpoint(save: Path) -> bool:
+    """True where a finished checkpoint lies in the folder; whether it is whole, its loader says."""
+    return any(re.fullmatch(r"step_\d{8,}", path.name) for path in save.glob("step_*"))
+
+
 def create(cfg: RunConfig, where: RunDirectory) -> None:
-    """Make the folders and write config.yaml (rank 0). Raises DiskError where the folder cannot be
-    written.
+    """Make the folders and write config.yaml (rank 0). Raises DiskError where the run's folder or
+    that of its checkpoints cannot be written; for logs and TensorBoard, whoever writes there warns.
     """
     try:
-        for folder in (where.root / "logs", where.save, where.tensorboard):
+        for folder in (where.root, where.save):
             folder.mkdir(parents=True, exist_ok=True)
+        for folder in (where.root / "logs", where.tensorboard):
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
         temporary = where.config.with_suffix(".tmp")
         temporary.write_text(cfg.to_yaml())
         os.replace(temporary, where.config)
@@ -67,7 +78,7 @@ def log_to_file(where: RunDirectory, rank: int, level: int | None) -> None:
     """Send this rank's log records and Python warnings to logs/rank_NNNNN.log instead of the
     console.
     """
-    handler = logging.FileHandler(where.root / "logs" / f"rank_{rank:05d}.log", delay=True)
+    handler = PatientFileHandler(where.root / "logs" / f"rank_{rank:05d}.log", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s level=%(levelname)s %(name)s: %(message)s"))
     console = logging.StreamHandler()  # our own warnings are for the user, on whichever rank
     console.setLevel(logging.WARNING)

@@ -152,6 +152,8 @@ def command_lines(run: Path, config: dict[str, Any]) -> list[str]:
         f"TensorBoard  {programs}/tensorboard --logdir"
         f" {observe['tensorboard_dir'] or run / 'tensorboard'}"
     ]
+    if (run / "report.html").exists():
+        lines.insert(0, f"report       open {run / 'report.html'} in a browser")
     saved = Path(save) / "latest_checkpointed_iteration.txt"
     if saved.exists():
         step = int(saved.read_text())
