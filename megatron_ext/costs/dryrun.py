@@ -25,6 +25,7 @@ def dry_run(cfg: RunConfig) -> str:
         _parameters(cfg),
         _batch(cfg),
         *loss_lines(cfg),
+        *cfg.scaled,
         *(f"warning: {text}" for text in cfg.warnings),
         "dry run: every rule holds; nothing was started",
     ]

@@ -57,20 +57,20 @@ def _layer(cfg: RunConfig, index: int, moe: bool) -> float:
         linear += t.hidden_size if t.moe_shared_expert_gate else 0
     else:
         linear += _mlp(cfg, t.hidden_size, t.ffn_hidden_size)
-    return 2 * linear + _scores(cfg, index)
+    return 2 * linear + attention_flops(cfg, index)
 
 
-def _scores(cfg: RunConfig, index: int) -> float:
-    """q.k and p.v of one query: 2 * A * (Dqk + Dv) for each key that it sees."""
+def attention_flops(cfg: RunConfig, index: int) -> float:
+    """Forward q.k and p.v of one query: 2 * A * (Dqk + Dv) for each key that it sees."""
     t = cfg.transformer
     width = 2 * t.kv_channels
     if t.multi_latent_attention:
         width = t.qk_head_dim + t.qk_pos_emb_head_dim + t.v_head_dim
-    window = t.window_size[0] if t.window_size and _has_window(cfg, index) else None
+    window = t.window_size[0] if t.window_size and has_window(cfg, index) else None
     return 2 * t.num_attention_heads * width * visible_keys(cfg.model.seq_length, window)
 
 
-def _has_window(cfg: RunConfig, index: int) -> bool:
+def has_window(cfg: RunConfig, index: int) -> bool:
     """--window-attn-skip-freq N: each N-th layer sees everything; a list says it by layer."""
     skip = cfg.transformer.window_attn_skip_freq
     if skip is None:
