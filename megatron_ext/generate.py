@@ -78,6 +78,7 @@ def _flags() -> argparse.ArgumentParser:
 def _saved_run(folder: Path, step: int | None) -> dict:
     """What the checkpoint says about the run that wrote it."""
     from megatron_ext.checkpoint import folder as on_disk
+    from megatron_ext.checkpoint import manifest
 
     known = on_disk.steps(folder) if folder.is_dir() else []
     chosen = step if step is not None else on_disk.latest_step(folder) or max(known, default=None)
@@ -87,7 +88,7 @@ def _saved_run(folder: Path, step: int | None) -> dict:
             do="name a run's checkpoints folder, such as runs/quickstart/checkpoints",
             path=folder,
         )
-    return on_disk.read_record(folder / on_disk.step_name(chosen))["run"]
+    return manifest.read(folder / on_disk.step_name(chosen)).record["run"]
 
 
 def write(args: argparse.Namespace) -> None:

@@ -19,9 +19,10 @@ CONTROL: tuple[Flag, ...] = (
     Flag(
         "config",
         "program",
-        Kind("str", None, None, True),
+        Kind("str", "+", None, True),
         None,
-        "YAML file of flags; flags on the command line win.",
+        "YAML files of flags, or names of recipes (qwen3-30b-a3b.h100); a later file wins over an"
+        " earlier one, flags on the command line over all.",
         ("--config",),
     ),
     Flag(
@@ -40,6 +41,26 @@ CONTROL: tuple[Flag, ...] = (
         "Check everything, print the rank grid and the parameter counts, exit 0.",
         ("--dry-run",),
         ("--no-dry-run",),
+    ),
+    Flag(
+        "explain_flags",
+        "program",
+        Kind("bool"),
+        False,
+        "Say of each given flag who reads it, why it has no effect, or what to write instead, and"
+        " exit 0.",
+        ("--explain-flags",),
+        ("--no-explain-flags",),
+    ),
+    Flag(
+        "scale_down",
+        "program",
+        Kind("bool"),
+        False,
+        "Train 3 steps of a tiny model of the same kind on up to 4 CPU ranks, with mock data and"
+        " the layout shrunk; every changed value is printed, and flags after this one win.",
+        ("--scale-down",),
+        ("--no-scale-down",),
     ),
 )
 """Flags of the program itself: they choose an action and are no part of the run."""

@@ -1,8 +1,8 @@
-"""One list of all flags, from our sections, megatron-core's dataclasses and the ignored table.
+"""One list of all flags, from our sections, megatron-core's dataclasses and three tables.
 
     sections/*.py --+
     megatron-core --+--> Field --> Flag(dest, names, kind, default, help) --> argv.py
-    ignored.py    --+
+    inert.py      --+        refused.py and renamed.py, too: flags that only Megatron-LM has
 
 `dest` is the key of a value everywhere: in origins, in --print-config, and as an attribute of its
 section.  Several sections may show the same dest (`lr` is in schedule and in optimizer).
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from megatron_ext.config import ignored, mcore_fields, spellings
+from megatron_ext.config import ignored, mcore_fields, refused, renamed, spellings
 from megatron_ext.config.fields import UNREADABLE, Field, read_dataclass
 from megatron_ext.config.kinds import Kind, kind_of
 
@@ -27,6 +27,8 @@ OURS: dict[str, tuple[str, str]] = {
     "schedule": ("train.py", "ScheduleSection"),
     "checkpoint": ("checkpoint.py", "CheckpointSection"),
     "observe": ("observe.py", "ObserveSection"),
+    "resilience": ("resilience.py", "ResilienceSection"),
+    "health": ("health.py", "HealthSection"),
 }
 """Section -> file and class."""
 
@@ -154,7 +156,7 @@ def all_flags() -> dict[str, Flag]:
             flag = flag_from_field(field, section)
             if flag is not None:
                 flags[flag.dest] = flag
-    for inert in ignored.INERT:
+    for inert in (*ignored.INERT, *refused.flags(), *renamed.RENAMED):
         field = Field(inert.dest, inert.annotation, inert.default, inert.help, "Inert", inert.meta)
         flag = flag_from_field(field, "megatron_only")
         assert flag is not None and inert.dest not in flags, f"{inert.dest} is defined twice"

@@ -9,15 +9,19 @@ from collections.abc import Mapping, Sequence
 from megatron_ext.config import ignored
 from megatron_ext.config.argv import Setting, build_parser, read_words
 from megatron_ext.config.checks import violations_of
-from megatron_ext.config.flags import Flag, all_flags
-from megatron_ext.config.resolve import Values, merge, resolve
+from megatron_ext.config.explain import smallest_world
+from megatron_ext.config.flags import all_flags
+from megatron_ext.config.recipes import files_of
+from megatron_ext.config.renamed import OTHER_NAMES, translate_before_scaling
+from megatron_ext.config.resolve import Values, merge, overlay, resolve
 from megatron_ext.config.run_config import RunConfig, build
+from megatron_ext.config.scale_down import scale_down
 from megatron_ext.config.yaml_file import words_of_file
 from megatron_ext.errors import ConfigError
 
 
 def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> RunConfig:
-    """Reads flags (and ``--config FILE.yaml``): default < file < flag, the last one wins.
+    """Reads flags (and ``--config FILE...``): default < files < flag, the last one wins.
 
     Imports neither torch nor megatron-core and touches no file but the YAML.  With --print-config
     only the words are checked; otherwise also every cross-group rule.
@@ -32,7 +36,9 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.env
     """
     words = sys.argv[1:] if argv is None else argv
     settings, action, config, print_format = _settings(words)
-    values = merge(settings)
+    values, scaled = _values(settings, environ)
+    if action == "explain" and values["world_size"] is None and "WORLD_SIZE" not in environ:
+        values.derive("world_size", smallest_world(values.value))
     resolve(values, environ, config)
     without_effect = _without_effect(settings, values)
     cfg = build(
@@ -41,9 +47,11 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.env
         warnings=_warnings(values, without_effect),
         action=action,
         print_format=print_format,
+        scaled=scaled,
+        given=tuple(settings),
     )
     if action != "print-config":
-        violations = violations_of(cfg, environ)
+        violations = [*values.violations, *violations_of(cfg, environ)]
         if violations:
             raise ConfigError(violations=violations)
     return cfg
@@ -53,20 +61,38 @@ def _settings(argv: Sequence[str]) -> tuple[list[Setting], str, str | None, str 
     parser = build_parser()
     given = read_words(argv, "flag", parser)
     control = {s.dest: s.value for s in given}
-    config = control.get("config")
+    files = files_of([word for s in given if s.dest == "config" for word in s.value])
     from_file: list[Setting] = []
-    if isinstance(config, str):
-        from_file = read_words(words_of_file(config), f"file:{config}", parser)
+    for file in files:
+        from_file += read_words(words_of_file(file), f"file:{file}", parser)
     print_format = control.get("print_config")
     action = "dry-run" if control.get("dry_run") else "train"
+    if control.get("explain_flags"):
+        action = "explain"
     if print_format:
         action = "print-config"
     return (
         [*from_file, *given],
         action,
-        config if isinstance(config, str) else None,
+        files[0] if files else None,
         print_format if isinstance(print_format, str) else None,
     )
+
+
+def _values(
+    settings: Sequence[Setting], environ: Mapping[str, str]
+) -> tuple[Values, tuple[str, ...]]:
+    """What was given, shrunk where --scale-down stands (flags after it win), and what that did."""
+    marks = [place for place, s in enumerate(settings) if s.dest == "scale_down"]
+    if not marks or not settings[marks[-1]].value:
+        return merge(settings), ()
+    after = [s for s in settings[marks[-1] :] if s.dest != "world_size"]
+    values = merge([s for s in settings if s not in after])
+    translate_before_scaling(values)
+    launched = environ.get("WORLD_SIZE", "")
+    scaled = scale_down(values, int(launched) if launched.isdigit() else None)
+    overlay(values, after)
+    return values, scaled
 
 
 def _without_effect(settings: Sequence[Setting], values: Values) -> dict[str, str]:
@@ -77,17 +103,9 @@ def _without_effect(settings: Sequence[Setting], values: Values) -> dict[str, st
     found = {}
     for dest, reason in table.items():
         setting = last.get(dest)
-        if setting is None or setting.value in ignored.HARMLESS.get(dest, ()):
-            continue
-        if setting.value in (False, None) or setting.value == _inert(flags[dest]):
-            continue
-        found[setting.flag] = reason
+        if setting is not None and not ignored.asks_for_nothing(flags[dest], setting.value):
+            found[setting.flag] = reason
     return found
-
-
-def _inert(flag: Flag) -> object:
-    """The value that asks for nothing: a switch that is on by default still asks for its work."""
-    return False if flag.kind.base == "bool" and flag.section != "megatron_only" else flag.default
 
 
 def _warnings(values: Values, without_effect: Mapping[str, str]) -> tuple[str, ...]:
@@ -97,5 +115,7 @@ def _warnings(values: Values, without_effect: Mapping[str, str]) -> tuple[str, .
         for flag, reason in without_effect.items():
             by_reason.setdefault(reason, []).append(flag)
         text = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
-        notes.append(f"no effect: {text}")
+        named = [note for note in notes if note.startswith(OTHER_NAMES)]
+        notes = [note for note in notes if note not in named]
+        notes.append("; ".join([f"no effect: {text}", *named]))
     return tuple(notes)

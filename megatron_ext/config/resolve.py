@@ -1,7 +1,8 @@
 """From what was given to what it means: derived values, each with origin ``derived``.
 
-The rules are Megatron-LM's (its validate_args) unless a comment says otherwise.  Nothing is refused
-here: `checks/` does that.  A rule is one small function over `Values`.
+The rules are Megatron-LM's (its validate_args) unless a comment says otherwise; a rule is one small
+function over `Values`.  What is refused is collected: here the flags of `refused`, in `checks/` the
+rules across flags.
 """
 
 from __future__ import annotations
@@ -12,20 +13,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_ext.config import ignored
+from megatron_ext.config import ignored, refused, renamed
 from megatron_ext.config.argv import Setting
 from megatron_ext.config.flags import all_flags
+from megatron_ext.errors import Violation
 
-GIVEN_PREFIXES = ("flag", "file:")
+GIVEN_PREFIXES = ("flag", "file:", "scale-down")
 
 
 @dataclass
 class Values:
-    """dest -> value and origin while they are being resolved; ``notes`` become warnings."""
+    """dest -> value and origin while they are being resolved; ``notes`` become warnings, and
+    ``violations`` are refused with those of `checks`.
+    """
 
     value: dict[str, object]
     origin: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    violations: list[Violation] = field(default_factory=list)
 
     def given(self, dest: str) -> bool:
         """True where a flag or a file set it."""
@@ -47,11 +52,16 @@ def merge(settings: Sequence[Setting]) -> Values:
     values = Values(
         {d: _copy(f.default) for d, f in flags.items()}, dict.fromkeys(flags, "default")
     )
+    overlay(values, settings)
+    return values
+
+
+def overlay(values: Values, settings: Sequence[Setting]) -> None:
+    """Further settings, which win over what is there."""
     for setting in settings:
-        if setting.dest in flags:
+        if setting.dest in values.value:
             values.value[setting.dest] = setting.value
             values.origin[setting.dest] = setting.origin
-    return values
 
 
 def _copy(default: object) -> object:
@@ -62,6 +72,7 @@ def resolve(values: Values, environ: Mapping[str, str], config: str | None) -> N
     """Applies every rule, in order."""
     _world_size(values, environ)
     _run_dir(values, environ, config)
+    values.violations += refused.refusals(values.value)
     for rule in RULES:
         rule(values)
 
@@ -180,7 +191,7 @@ def _recompute(v: Values) -> None:
 def _precision(v: Values) -> None:
     if v["apply_query_key_layer_scaling"]:
         v.derive("attention_softmax_in_fp32", True)
-    if v["bf16"] and not v.given("grad_reduce_in_fp32"):
+    if v["bf16"] and not (v.given("grad_reduce_in_fp32") or v["grad_reduce_in_bf16"]):
         # Megatron-LM: bf16 gradients are accumulated and reduced in fp32 unless asked otherwise.
         v.derive("grad_reduce_in_fp32", True)
     if v["moe_enable_deepep"]:
@@ -241,6 +252,7 @@ def _without_kernels(v: Values) -> None:
 
 
 RULES: tuple[Callable[[Values], None], ...] = (
+    renamed.translate,
     _parallel_sizes,
     _backend,
     _virtual_pipeline,

@@ -15,13 +15,16 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_ext.config import flags
+from megatron_ext.config.argv import Setting
 from megatron_ext.config.mcore_fields import transformer_fields
 from megatron_ext.config.resolve import Values
 from megatron_ext.config.sections.checkpoint import CheckpointSection
 from megatron_ext.config.sections.data import DataSection
+from megatron_ext.config.sections.health import HealthSection
 from megatron_ext.config.sections.model import ModelSection, MoeSection
 from megatron_ext.config.sections.observe import ObserveSection
 from megatron_ext.config.sections.parallel import ParallelSection
+from megatron_ext.config.sections.resilience import ResilienceSection
 from megatron_ext.config.sections.train import ScheduleSection, TrainSection
 from megatron_ext.config.stages import Chunk, Split, split_layers
 
@@ -38,11 +41,13 @@ class RunConfig:
 
     Attributes:
         megatron_only: dest -> value of Megatron-LM's flags that nothing here reads.
-        origins: dest -> 'default', 'file:PATH', 'flag', 'environment' or 'derived'.
+        origins: dest -> 'default', 'file:PATH', 'flag', 'environment', 'scale-down' or 'derived'.
         ignored: flag as it was given -> why it has no effect.
         warnings: one line each; rank 0 prints them.
-        action: 'train', 'dry-run' or 'print-config'.
+        action: 'train', 'dry-run', 'explain' or 'print-config'.
         print_format: 'json' or 'yaml' with 'print-config'.
+        scaled: one line for each value that --scale-down changed.
+        given: the settings of files and flags, in order.
     """
 
     parallel: ParallelSection
@@ -56,12 +61,16 @@ class RunConfig:
     schedule: ScheduleSection
     checkpoint: CheckpointSection
     observe: ObserveSection
+    resilience: ResilienceSection
+    health: HealthSection
     megatron_only: dict[str, Any]
     origins: dict[str, str]
     ignored: dict[str, str]
     warnings: tuple[str, ...]
     action: str
     print_format: str | None = None
+    scaled: tuple[str, ...] = ()
+    given: tuple[Setting, ...] = ()
 
     def mcore_values(self) -> dict[str, Any]:
         """Keyword arguments of TransformerConfig, or of MLATransformerConfig with
@@ -194,6 +203,8 @@ def build(
         "schedule": ScheduleSection,
         "checkpoint": CheckpointSection,
         "observe": ObserveSection,
+        "resilience": ResilienceSection,
+        "health": HealthSection,
     }
     made = {}
     for section, members in flags.members().items():

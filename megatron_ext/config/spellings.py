@@ -45,6 +45,7 @@ DEFAULTS: dict[str, object] = {
     "kv_lora_rank": 32,
     "masked_softmax_fusion": True,
     "muon_momentum": 0.9,
+    "muon_tp_mode": "duplicated",
     "optimizer_offload_fraction": 1.0,
     "overlap_p2p_comm": None,
     "batch_p2p_comm": None,

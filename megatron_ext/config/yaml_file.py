@@ -18,6 +18,8 @@ from megatron_ext.config.argv import nearest, spellings_table
 from megatron_ext.config.flags import GENERATED, OURS
 from megatron_ext.errors import ConfigError, Violation
 
+MOST_NODES = 100_000
+"""Values that a file may stand for once its aliases are written out."""
 SECTIONS = frozenset({*OURS, *GENERATED, "megatron_only"})
 
 
@@ -57,6 +59,8 @@ def _load(path: str) -> dict:
         raise ConfigError(f"--config: {reason}", do="give a YAML file", path=path) from None
     try:
         mapping = yaml.load(text, Loader=_strict_loader())
+    except RecursionError:
+        raise ConfigError("--config: nested too deep", do="write key: value", path=path) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"--config: not YAML: {error}", do="fix the file", path=path) from None
     if mapping is None:
@@ -67,11 +71,25 @@ def _load(path: str) -> dict:
 
 
 def _strict_loader() -> type:
-    """A safe loader that refuses a key given twice instead of keeping the last one silently."""
+    """A safe loader that refuses a key given twice instead of keeping the last one silently, and
+    aliases of aliases that stand for more than `MOST_NODES` values.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+            if not hasattr(self, "sizes"):
+                self.sizes: dict[int, int] = {}
+            node = super().compose_node(parent, index)
+            if id(node) not in self.sizes:
+                self.sizes[id(node)] = 1 + sum(map(self._size, _children(node)))
+            if self._size(node) > MOST_NODES:
+                message = f"its aliases stand for more than {MOST_NODES} values"
+                raise yaml.composer.ComposerError(None, None, message, node.start_mark)
+            return node
+
+        def _size(self, node: yaml.Node) -> int:
+            return self.sizes.get(id(node), MOST_NODES)  # unknown: it is inside itself
 
     def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
         keys = [loader.construct_object(k) for k, _ in node.value]
@@ -89,11 +107,18 @@ def _strict_loader() -> type:
     return Loader
 
 
+def _children(node) -> list:
+    """The nodes of a sequence, the keys and values of a mapping, nothing of a scalar."""
+    if not isinstance(node.value, list):
+        return []
+    return [n for item in node.value for n in (item if isinstance(item, tuple) else (item,))]
+
+
 def _words(key: str, value: object) -> list[str]:
     """The words of one pair.  ValueError carries ``rule | way out``."""
     name = "--" + key.replace("_", "-").removeprefix("--")
     flag = spellings_table().get(name)
-    if flag is None or flag.dest in ("config", "print_config", "dry_run"):
+    if flag is None or flag.section == "program":
         close = nearest(name, spellings_table())
         raise ValueError(f"is not a flag | use {close[2:] if close else 'a flag of --help'}")
     if value is None or value == []:

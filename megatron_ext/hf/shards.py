@@ -76,7 +76,15 @@ def _header(path: Path) -> dict[str, Stored]:
         raise DataError(
             f"shard {path.name} is missing", do="fetch the folder again", path=path.parent
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, struct.error, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        struct.error,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise DataError(
             f"shard {path.name} is damaged: {error}", do="fetch the folder again", path=path
         ) from error
@@ -89,7 +97,7 @@ def _files(folder: Path) -> dict[str, set[str]]:
         try:
             table = json.loads(index.read_text())["weight_map"]
             places = {name: Path(file).name for name, file in table.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{INDEX} cannot be read: {error!r}", path=index) from error
         if any(places[name] != file for name, file in table.items()):
             raise DataError(f"{INDEX} names a file outside its folder", path=index)

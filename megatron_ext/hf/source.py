@@ -43,7 +43,7 @@ class Source:
             raise DataError(
                 "--model: no config.json", do="name a Hugging Face model folder", path=folder
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"config.json cannot be read: {error}", path=path) from error
         if not isinstance(values, dict):
             raise DataError("config.json is not an object", path=path)

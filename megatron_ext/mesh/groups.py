@@ -9,12 +9,19 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from megatron_ext.device import Device
 from megatron_ext.errors import ConfigError, RendezvousError
+from megatron_ext.mesh import rank_order
+from megatron_ext.mesh.attempt import store_prefix
+
+STORE_FD = "PRETRAIN_MOE_STORE_FD"
+"""Environment variable: the listening socket that rank 0 has from its launcher."""
 
 
 def _read_environment() -> tuple[int, int]:
@@ -28,28 +35,64 @@ def _read_environment() -> tuple[int, int]:
         ("LOCAL_RANK", "SLURM_LOCALID", "0"),
     ):
         env.setdefault(name, env.get(slurm, alone) if "MASTER_ADDR" in env else alone)
+    rank_order.apply(env)
     return int(env["RANK"]), int(env["WORLD_SIZE"])
 
 
-def _start_process_group(device: Device, timeout: datetime.timedelta) -> None:
+def _store(rank: int, world_size: int, timeout: datetime.timedelta):
+    """The key-value store where the ranks meet, under a prefix of this attempt.
+
+    Rank 0 serves it, on the socket that the launcher has opened (STORE_FD) or on MASTER_PORT; under
+    torchrun its agent does.
+    """
+    env = os.environ
+    if world_size == 1 and "MASTER_ADDR" not in env:
+        return torch.distributed.HashStore()
+    has_agent_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    descriptor = env.get(STORE_FD) if rank == 0 else None
+    store = torch.distributed.TCPStore(
+        env["MASTER_ADDR"],
+        int(env["MASTER_PORT"]),
+        world_size,
+        is_master=rank == 0 and not has_agent_store,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=descriptor is None,
+        master_listen_fd=None if descriptor is None else int(descriptor),
+    )
+    return torch.distributed.PrefixStore(store_prefix(), store)
+
+
+def _meet(store, rank: int, world_size: int) -> None:
+    """Return when all ranks are here; torch's error otherwise, after the store's timeout."""
+    store.set(f"rank_{rank}", "here")
+    store.wait([f"rank_{other}" for other in range(world_size)])
+
+
+def _start_process_group(
+    device: Device, timeout: datetime.timedelta, patience: datetime.timedelta
+) -> None:
+    """`timeout` of collectives; `patience`: how long the ranks may take to arrive."""
     rank, world_size = _read_environment()
     try:
-        if world_size == 1 and "MASTER_ADDR" not in os.environ:
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group(
-                device.backend, store=store, rank=0, world_size=1, timeout=timeout
-            )
-        else:
-            torch.distributed.init_process_group(
-                device.backend, rank=rank, world_size=world_size, timeout=timeout
-            )
-    except (RuntimeError, ValueError, torch.distributed.DistError) as error:
+        store = _store(rank, world_size, patience)
+        _meet(store, rank, world_size)
+        store.set_timeout(timeout)
+        torch.distributed.init_process_group(
+            device.backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+    except (RuntimeError, ValueError, KeyError, torch.distributed.DistError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RendezvousError(
-            f"rank {rank} of {world_size} could not join {address}: {error}",
+            f"rank {rank} of {world_size} could not join {address}: {_first_sentence(error)}",
             do="check MASTER_ADDR and MASTER_PORT (a port in use? try --master-port 0 with"
             " --rdzv-backend c10d), and that every rank was started",
         ) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    """torch's errors go on for lines, with the frames of its own stack."""
+    return str(error).split("\n")[0].split("Exception raised from")[0][:300]
 
 
 def _check_world_size(asked: int) -> None:
@@ -76,7 +119,8 @@ def process_groups(
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
-    _start_process_group(device, timeout)
+    patience = datetime.timedelta(seconds=parallel.rendezvous_timeout_s)
+    _start_process_group(device, timeout, patience)
     try:
         _check_world_size(parallel.world_size)
         parallel_state.initialize_model_parallel(
@@ -94,6 +138,8 @@ def process_groups(
         )
         dp_rank = parallel_state.get_data_parallel_rank()
         pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+        random.seed(seed + 100 * pp_rank)
+        np.random.seed(seed + 100 * pp_rank)
         model_parallel_cuda_manual_seed(seed + 100 * pp_rank, force_reset_rng=True)
         if device.kind == "cpu":  # dropout draws from torch's own stream: another one per replica
             torch.manual_seed(seed + 100 * pp_rank + 10_000 * dp_rank)

@@ -109,9 +109,19 @@ class Router(TopKRouter):
         if self.capacity_factor is not None:
             probs, routing_map = self._drop(probs, routing_map, batch=logits.shape[1])
             super()._apply_expert_bias(routing_map, padding_mask=padding_mask)
-        if self.training and torch.is_grad_enabled():
-            self.tally.add_routing(routing_map, num_routed)
+        if self.training:
+            self._tally(logits.view(-1, self.num_experts), routing_map, num_routed)
         return probs, routing_map
+
+    def _tally(self, logits: Tensor, routing_map: Tensor, num_routed: int) -> None:
+        """Take down one micro-batch: in the pass with gradients, and for a close look in the pass
+        of the chunk itself (the one without gradients where layers are recomputed).
+        """
+        if torch.is_grad_enabled():
+            self.tally.add_routing(routing_map, num_routed)
+            self.tally.add_scores(logits, self.score_function)
+        if self.tally.look is not None:
+            self.tally.look.add(logits, routing_map)
 
     def _count(self, logits: Tensor, padding_mask: Tensor | None) -> None:
         """Add this rank's choices, as the balance loss counts them (top-k of the scores)."""

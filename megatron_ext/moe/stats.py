@@ -3,16 +3,18 @@
 Each router owns a `Tally` that it fills in its forward pass (once per micro-batch, also under
 recompute: only the pass with gradients counts). After the backward passes `collect` makes one small
 all-reduce over all ranks and gives every rank the same `RoutingRecord`; losses, metrics, health and
-pictures read that and nobody counts again.
+pictures read that and nobody counts again. What costs more (which experts are chosen together,
+which domain goes where) is taken only in the steps of --log-routing-interval: moe/close_look.py.
 
 Worked example, 8 ranks tp2 dp2 pp2, 4 layers, 16 experts: every rank holds the routers of 2 layers
-and S/tp of the tokens of its micro-batches. A [4, 16 + ...] table is filled in those 2 rows, the
-sum over all 8 ranks adds the shards of tp, cp and dp within a row, and rows of different pipeline
-stages do not overlap.
+and S/tp of the tokens of its micro-batches. A [4, 2 x 16 + ...] table is filled in those 2 rows,
+the sum over all 8 ranks adds the shards of tp, cp and dp within a row, and rows of different
+pipeline stages do not overlap.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -25,22 +27,51 @@ LOSS_NAMES = (
     "global_load_balancing_loss",
     "z_loss",
 )
+SCORE_SUMS = ("entropy", "logit_norm", "logit_peak")
+"""Sums over tokens that stand after the E probabilities of `score_sums`."""
+
+
+def scores(logits_TE: Tensor, score_function: str) -> Tensor:
+    """[T, E] the distribution over experts of each token: softmax, or sigmoids divided by their
+    sum (what the balance losses use). An expert bias is not in it: it moves the choice, not this.
+    """
+    if score_function == "softmax":
+        return torch.softmax(logits_TE, dim=-1)
+    positive = torch.sigmoid(logits_TE)
+    return positive / positive.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+
+
+def score_sums(logits_TE: Tensor, score_function: str) -> Tensor:
+    """[E + 3] sums over the tokens: probability of each expert, entropy of a token's distribution
+    (nats), L2 norm of its logits, its largest |logit|.
+    """
+    logits_TE = logits_TE.float()
+    probs_TE = scores(logits_TE, score_function)
+    per_token = (
+        torch.special.entr(probs_TE).sum(dim=-1),
+        torch.linalg.vector_norm(logits_TE, dim=-1),
+        logits_TE.abs().amax(dim=-1),  # on a CPU 8 times as fast as an infinity norm
+    )
+    return torch.cat((probs_TE.sum(dim=0), torch.stack(per_token).sum(dim=1)))
 
 
 class Tally:
-    """What one router saw since the last `clear`: counts of its own token shard, on its own device,
+    """What one router saw since the last `clear`: sums over its own token shard, on its own device,
     without syncs.
     """
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
+        self.look = None  # moe/close_look.py, in the steps that want one
         self.clear()
 
     def clear(self) -> None:
         self.num_micro_batches = 0
+        self.num_tokens = 0
+        self.num_routed = 0
         self.counts_E: Tensor | None = None
+        self.scores: list[Tensor] = []
         self.losses: dict[str, Tensor] = {}
-        self.num_routed: Tensor | None = None
 
     def add_routing(self, routing_map_TE: Tensor, num_tokens_times_k: int) -> None:
         """Count one micro-batch: assignments kept per expert, and how many there would be without
@@ -48,11 +79,14 @@ class Tally:
         """
         counts = routing_map_TE.detach().sum(dim=0, dtype=torch.float64)
         self.counts_E = counts if self.counts_E is None else self.counts_E + counts
-        routed = torch.full(
-            (), float(num_tokens_times_k), dtype=torch.float64, device=counts.device
-        )
-        self.num_routed = routed if self.num_routed is None else self.num_routed + routed
+        self.num_tokens += routing_map_TE.shape[0]
+        self.num_routed += num_tokens_times_k
         self.num_micro_batches += 1
+
+    @torch.no_grad()
+    def add_scores(self, logits_TE: Tensor, score_function: str) -> None:
+        """Take the sums of `score_sums` of one micro-batch; they are added up once a step."""
+        self.scores.append(score_sums(logits_TE.detach(), score_function))
 
     def add_loss(self, name: str, share: Tensor) -> None:
         """Add this rank's share of an unscaled loss: shares sum over all ranks of the layer to the
@@ -62,35 +96,69 @@ class Tally:
         self.losses[name] = self.losses[name] + share if name in self.losses else share
 
     def row(self) -> Tensor:
-        """[E + 1 + len(LOSS_NAMES)]: counts, routed assignments, losses averaged over the
-        micro-batches.
+        """[width(E)]: counts, probabilities, score sums, tokens, routed assignments, and the losses
+        averaged over the micro-batches.
         """
         zero = torch.zeros((), dtype=torch.float64, device=self.counts_E.device)
         losses = [self.losses.get(name, zero) / self.num_micro_batches for name in LOSS_NAMES]
-        return torch.cat((self.counts_E, torch.stack([self.num_routed, *losses])))
+        known = self.counts_E.new_tensor([self.num_tokens, self.num_routed])
+        if self.scores:
+            summed = torch.stack(self.scores).sum(dim=0, dtype=torch.float64)
+        else:
+            summed = self.counts_E.new_zeros(self.num_experts + len(SCORE_SUMS))
+        return torch.cat((self.counts_E, summed, known, torch.stack(losses)))
+
+
+def width(num_experts: int) -> int:
+    """Numbers in a `Tally.row`."""
+    return 2 * num_experts + len(SCORE_SUMS) + 2 + len(LOSS_NAMES)
 
 
 @dataclass(frozen=True)
 class RoutingRecord:
     """One step's routing, identical on all ranks.
 
-    counts_LE    [L, E] float64: assignments per expert that were computed, summed over the global
-                 batch; rows of dense layers are zero. L = decoder layers, then MTP layers.
-    dropped_L    [L]: assignments dropped by a capacity, same sum.
-    losses_L     name -> [L]: unscaled loss (loss / coefficient; 1 is a perfectly even load), mean
-                 over micro-batches.
-    is_moe_L     [L] bool.
+    counts_LE     [L, E] float64: assignments per expert that were computed, summed over the global
+                  batch; rows of dense layers are zero. L = decoder layers, then MTP layers.
+    dropped_L     [L]: assignments dropped by a capacity, same sum.
+    losses_L      name -> [L]: unscaled loss (loss / coefficient; 1 is a perfectly even load), mean
+                  over micro-batches.
+    is_moe_L      [L] bool.
+    tokens_L      [L]: tokens that the layer's router scored, same sum as the counts.
+    probs_LE      [L, E]: mean over those tokens of the router's distribution (see `scores`).
+    entropy_L     [L]: mean over tokens of the entropy of a token's distribution, nats.
+    logit_norm_L  [L]: mean over tokens of the L2 norm of the logits.
+    logit_peak_L  [L]: mean over tokens of a token's largest |logit|.
+    num_ranks     ranks that the sums are over: all of the run; within a row those are the tp, cp
+                  and dp ranks of the layer's pipeline stage, the other stages add nothing.
+    look          what only the steps of --log-routing-interval hold, else None.
     """
 
     counts_LE: Tensor
     dropped_L: Tensor
     losses_L: dict[str, Tensor]
     is_moe_L: Tensor
+    tokens_L: Tensor
+    probs_LE: Tensor
+    entropy_L: Tensor
+    logit_norm_L: Tensor
+    logit_peak_L: Tensor
+    num_ranks: int = 1
+    look: Look | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer."""
+        return self.counts_LE.shape[1]
 
     def mean_loss(self, name: str) -> float:
         """Mean over the MoE layers, as Megatron-LM logs it; 0 where no layer has this loss."""
         num_moe = int(self.is_moe_L.sum())
         return float(self.losses_L[name].sum()) / num_moe if num_moe else 0.0
+
+    def mean_of_layers(self, values_L: Tensor) -> float:
+        """Mean over the MoE layers; 0 without one."""
+        return float(values_L[self.is_moe_L].double().mean()) if self.is_moe_L.any() else 0.0
 
     def max_violation_L(self) -> Tensor:
         """MaxVio = max load / mean load - 1 per layer (Wang et al. 2024, arXiv:2408.15664); 0 in
@@ -104,6 +172,61 @@ class RoutingRecord:
     def dead_experts_L(self) -> Tensor:
         """Number of experts of each layer that got no token of the global batch."""
         return ((self.counts_LE == 0) & self.is_moe_L[:, None]).sum(dim=1)
+
+    def load_entropy_share_L(self) -> Tensor:
+        """Entropy of the load / ln E: 1 even, 0 all tokens to one expert; 0 in dense layers."""
+        total = self.counts_LE.sum(dim=1, keepdim=True).clamp(min=1e-9)
+        return entropy(self.counts_LE / total) / math.log(max(self.num_experts, 2))
+
+    def router_entropy_share_L(self) -> Tensor:
+        """Mean entropy of a token's distribution / ln E: 1 undecided, 0 certain."""
+        return self.entropy_L / math.log(max(self.num_experts, 2))
+
+    def busiest_ep_rank_tokens(self, ep: int, replicas: int = 1) -> float:
+        """Assignments of the most loaded expert-parallel rank in its most loaded layer, mean over
+        the `replicas` (expert data parallel) of its experts; rank r holds E/ep experts from rE/ep.
+        """
+        per_rank = self.counts_LE.unflatten(1, (ep, -1)).sum(dim=2)
+        return float(per_rank.max()) / replicas
+
+
+@dataclass(frozen=True)
+class Look:
+    """The costly part of a record, summed over the global batch like the counts.
+
+    pairs_LEE    [L, E, E]: tokens that chose both experts; the diagonal is counts_LE.
+    domains_LDE  [L, D, E]: assignments of each domain's tokens; the sum over D is counts_LE.
+    logit_max_L  [L]: largest |logit| of any token.
+    bad_LE       [L, E]: ranks on which a weight gradient of the expert is not finite.
+    bad_outputs_LE  [L, E]: ranks on which an output of the expert is not finite.
+    """
+
+    pairs_LEE: Tensor
+    domains_LDE: Tensor
+    logit_max_L: Tensor
+    bad_LE: Tensor
+    bad_outputs_LE: Tensor | None = None
+
+    def nmi_L(self) -> Tensor:
+        """[L] normalised mutual information of domain and expert, see `mutual_information`."""
+        return mutual_information(self.domains_LDE)
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """-sum p ln p over the last axis, nats."""
+    return torch.special.entr(probs).sum(dim=-1)
+
+
+def mutual_information(table_LDE: Tensor) -> Tensor:
+    """[L] I(D; E) / min(H(D), H(E)) of tables of counts: 0 where the expert says nothing about the
+    domain, 1 where one decides the other; 0 with a single domain. N counts of independent D and E
+    give about (D - 1)(E - 1) / 2N nats by chance (Miller 1955).
+    """
+    joint = table_LDE.double() / table_LDE.sum(dim=(1, 2), keepdim=True).clamp(min=1e-9)
+    domains, experts = entropy(joint.sum(dim=2)), entropy(joint.sum(dim=1))
+    shared = domains + experts - entropy(joint.flatten(1))
+    smaller = torch.minimum(domains, experts)
+    return torch.where(smaller > 1e-9, (shared / smaller.clamp(min=1e-9)).clamp(0, 1), 0.0)
 
 
 def tallies(chunks: Iterable[nn.Module], num_layers: int) -> Iterator[tuple[int, Tally]]:
@@ -123,23 +246,34 @@ def tallies(chunks: Iterable[nn.Module], num_layers: int) -> Iterator[tuple[int,
                 yield layer_of[owner], tally
 
 
-def table_to_record(table: Tensor, num_experts: int) -> RoutingRecord:
-    """Split the summed table [L, E + 1 + losses] into its named parts."""
-    counts = table[:, :num_experts]
-    routed = table[:, num_experts]
-    losses = {name: table[:, num_experts + 1 + i] for i, name in enumerate(LOSS_NAMES)}
-    return RoutingRecord(counts, routed - counts.sum(dim=1), losses, routed > 0)
+def table_to_record(table: Tensor, num_experts: int, num_ranks: int = 1) -> RoutingRecord:
+    """Split the summed table [L, width(E)] into its named parts."""
+    sizes = (num_experts, num_experts, len(SCORE_SUMS), 2, len(LOSS_NAMES))
+    counts, probs, sums, known, losses = table.split(sizes, dim=1)
+    tokens, routed = known.unbind(dim=1)
+    per_token = tokens.clamp(min=1.0)
+    means = {name: sums[:, i] / per_token for i, name in enumerate(SCORE_SUMS)}
+    return RoutingRecord(
+        counts,
+        routed - counts.sum(dim=1),
+        {name: losses[:, i] for i, name in enumerate(LOSS_NAMES)},
+        routed > 0,
+        tokens,
+        probs / per_token[:, None],
+        *(means[name] for name in SCORE_SUMS),
+        num_ranks=num_ranks,
+    )
 
 
 def collect(
     chunks: Iterable[nn.Module], num_layers: int, num_mtp_layers: int, num_experts: int, device
 ) -> RoutingRecord:
-    """Sum all tallies over all ranks (one all-reduce of L x (E + 5) numbers) and clear them."""
-    width = num_experts + 1 + len(LOSS_NAMES)
-    table = torch.zeros(num_layers + num_mtp_layers, width, dtype=torch.float64, device=device)
+    """Sum all tallies over all ranks (one all-reduce of L x (2E + 9) numbers) and clear them."""
+    shape = (num_layers + num_mtp_layers, width(num_experts))
+    table = torch.zeros(shape, dtype=torch.float64, device=device)
     for row, tally in tallies(chunks, num_layers):
         if tally.num_micro_batches:
             table[row] += tally.row()
             tally.clear()
     torch.distributed.all_reduce(table)
-    return table_to_record(table.cpu(), num_experts)
+    return table_to_record(table.cpu(), num_experts, torch.distributed.get_world_size())

@@ -8,7 +8,7 @@ bytes are those of the label tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,40 @@ def count_bytes(batch, sizes_V: Tensor) -> int:
     return int((sizes_V[labels] * (batch.loss_mask_BS.cpu() > 0)).sum())
 
 
+def _of_domains(reports: Sequence[Tensor], num_domains: int) -> list[float]:
+    """Loss sums and tokens of each domain on this rank; zeros before the last pipeline stage."""
+    if not reports:
+        return [0.0] * (2 * num_domains)
+    return torch.stack(list(reports)).sum(dim=0)[2:].tolist()
+
+
+def _record(
+    sums: Sequence[float], domains: Sequence[str], step: int, split: str, dp: int
+) -> dict[str, Any]:
+    """The record of an evaluation from [loss, tokens, bytes, losses and tokens of the domains],
+    summed over all ranks.
+    """
+    cp = parallel_state.get_context_parallel_world_size()
+    copies = torch.distributed.get_world_size() / (dp * cp)
+    loss = sums[0] / max(sums[1], 1.0)
+    tokens = sums[1] / parallel_state.get_tensor_model_parallel_world_size()
+    losses, counts = sums[3 : 3 + len(domains)], sums[3 + len(domains) :]
+    record = {
+        "step": step,
+        "split": split,
+        "val_loss": loss,
+        "perplexity": math.exp(min(20.0, loss)),
+        "num_tokens": round(tokens),
+        "val_loss_per_domain": {
+            name: one / count for name, one, count in zip(domains, losses, counts) if count
+        },
+    }
+    if sums[2]:
+        record["num_bytes"] = round(sums[2] / copies)
+        record["bits_per_byte"] = loss * tokens / math.log(2) / record["num_bytes"]
+    return record
+
+
 @torch.no_grad()
 def evaluate(
     chunks: Sequence[nn.Module],
@@ -46,15 +80,20 @@ def evaluate(
     seq_length: int,
     step: int,
     sizes_V: Tensor | None,
-) -> dict[str, Any]:
-    """The validation record of `split`, the same on all ranks; the chunks end in training mode."""
+    stop: Callable[[], tuple[bool, bool]],
+) -> dict[str, Any] | None:
+    """The validation record of `split`, the same on all ranks; the chunks end in training mode.
+
+    None where a rank was asked to `stop` by a signal: the sums of a batch carry it to all.
+    """
     dp_rank = parallel_state.get_data_parallel_rank()
     dp = parallel_state.get_data_parallel_world_size()
     batches = MicroBatches(dataset, micro_batch_size, dp_rank, dp, consumed_samples=0)
     per_step = global_batch_size // (micro_batch_size * dp)
     for chunk in chunks:
         chunk.eval()
-    sums = [0.0, 0.0, 0.0]
+    num_domains = len(dataset.domains)
+    sums = [0.0] * (3 + 2 * num_domains)
     try:
         for _ in range(num_batches):
             micro_batches = [to_device(next(batches), current_device()) for _ in range(per_step)]
@@ -67,25 +106,15 @@ def evaluate(
                 seq_length=seq_length,
                 micro_batch_size=micro_batch_size,
                 forward_only=True,
+                num_domains=num_domains,
             )
-            step_sums = sum_over_ranks(reports, float(num_bytes))
+            more = (float(num_bytes), *_of_domains(reports, num_domains), float(stop()[0]))
+            *step_sums, asked = sum_over_ranks(reports, *more)
+            if asked:
+                return None
             sums = [a + b for a, b in zip(sums, step_sums)]
     finally:
         batches.close()
         for chunk in chunks:
             chunk.train()
-    cp = parallel_state.get_context_parallel_world_size()
-    copies = torch.distributed.get_world_size() / (dp * cp)
-    loss = sums[0] / max(sums[1], 1.0)
-    tokens = sums[1] / parallel_state.get_tensor_model_parallel_world_size()
-    record = {
-        "step": step,
-        "split": split,
-        "val_loss": loss,
-        "perplexity": math.exp(min(20.0, loss)),
-        "num_tokens": round(tokens),
-    }
-    if sums[2]:
-        record["num_bytes"] = round(sums[2] / copies)
-        record["bits_per_byte"] = loss * tokens / math.log(2) / record["num_bytes"]
-    return record
+    return _record(sums, dataset.domains, step, split, dp)

@@ -5,6 +5,7 @@
     model     sizes, positions, recompute     training  batch, schedule, gradients
     context   sequence over cp and tp, strategies
     support   what this release or this machine cannot do
+    world     ranks that a file's layout cannot hold
 
 A rule is a generator of `Violation` over the resolved `RunConfig`.  A rule whose inputs are missing
 stays silent: `required` has named them.
@@ -23,6 +24,7 @@ from megatron_ext.config.checks import (
     required,
     support,
     training,
+    world,
 )
 from megatron_ext.config.run_config import RunConfig
 from megatron_ext.errors import Violation
@@ -35,6 +37,9 @@ def violations_of(cfg: RunConfig, environ: Mapping[str, str]) -> list[Violation]
     if sizes:
         return found
     found += layout.world_agrees_with_environment(cfg, environ)
+    wrong = list(world.rules(cfg))
+    if wrong:
+        return found + wrong
     for group in (layout, context, pipeline, model, moe, training, support):
         found += group.rules(cfg)
     return found

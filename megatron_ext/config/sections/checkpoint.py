@@ -57,13 +57,42 @@ class CheckpointSection:
     """Do not read the random states."""
 
     async_save: bool = False
-    """Write checkpoints in the background."""
+    """Copy the state during the next forward and backward and write it in the background."""
+
+    ckpt_staging_bytes: int | None = None
+    """Most host memory of --async-save's private copy on a rank, in bytes; None: the size of what
+    the rank writes. Less means that a step may wait for the disk."""
+
+    keep_last: int | None = None
+    """Newest checkpoints to keep; older ones are deleted when a newer one has been read back. None:
+    all."""
+
+    keep_every: int | None = None
+    """Steps whose multiples --keep-last never deletes."""
+
+    accept_change: str | None = None
+    """Flags, separated by commas, in which a resumed run may differ from the run that wrote the
+    checkpoint, such as seed,data_path."""
+
+    ckpt_tiers: str = "store"
+    """Where checkpoints go: memory (/dev/shm, and that of the next node), local, store, with
+    commas between."""
+
+    ckpt_memory_interval: int = 1
+    """Steps between checkpoints in /dev/shm (--ckpt-tiers memory)."""
+
+    ckpt_local_dir: str | None = None
+    """Folder on a disk of the node (--ckpt-tiers local)."""
+
+    ckpt_local_interval: int | None = None
+    """Steps between checkpoints in --ckpt-local-dir."""
 
     use_persistent_ckpt_worker: bool = False
     """Keep the background writer alive between checkpoints."""
 
     ckpt_format: Literal["torch", "torch_dist", "torch_dcp", "fsdp_dtensor"] = "torch_dist"
-    """File format; only torch_dist is written here."""
+    """File format; torch_dist is the only choice here: megatron-core's sharded state, kept as
+    safetensors and one manifest."""
 
     auto_detect_ckpt_format: bool = False
     """Kept for Megatron-LM's scripts: the format is always read from the checkpoint."""

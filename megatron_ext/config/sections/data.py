@@ -37,6 +37,10 @@ class DataSection:
     mmap_bin_files: bool = True
     """Map .bin files into memory instead of reading them."""
 
+    data_hash: Literal["sampled", "complete"] = "sampled"
+    """How a .bin above 4 GiB is compared with the hash that data.prepare left: 256 blocks of it, or
+    every byte (smaller files: always every byte)."""
+
     num_workers: int = 2
     """Loader processes or threads a rank."""
 

@@ -25,8 +25,16 @@ class ObserveSection:
     tensorboard_queue_size: int = 1000
     """Events held in memory before a write."""
 
+    log_routing_interval: int = 100
+    """Steps between routing pictures, co-selection and domain tables, lines of RUN/routing.jsonl;
+    0: never."""
+
     log_throughput: bool = False
     """Log TFLOP/s a rank."""
+
+    peak_tflops: float | None = None
+    """10^12 FLOP a second that one rank can do in the training's number format, for MFU; without it
+    there is no MFU."""
 
     log_params_norm: bool = False
     """Log the norm of the weights."""
@@ -47,7 +55,41 @@ class ObserveSection:
     """Python's logging level: 10 debug, 20 info, 30 warning."""
 
     timing_log_level: Literal[0, 1, 2] = 0
-    """Detail of the timers."""
+    """1 and above: print the time split (mean and worst rank) at each --log-interval."""
+
+    profile: bool = False
+    """Record steps with torch's profiler: RUN/traces/profile_rank_R.json, for ui.perfetto.dev."""
+
+    profile_step_start: int = 10
+    """First step that --profile records."""
+
+    profile_step_end: int = 12
+    """The step before which --profile stops."""
+
+    profile_ranks: list[int] | None = None
+    """Ranks that --profile records. Default: all."""
+
+    use_pytorch_profiler: bool = False
+    """Kept for Megatron-LM's scripts: --profile always uses torch's profiler."""
+
+    pytorch_profiler_collect_shapes: bool = False
+    """Record the shapes of the tensors, too."""
+
+    pytorch_profiler_collect_callstack: bool = False
+    """Record Python's call stacks, too."""
+
+    trace_schedule: list[int] | None = None
+    """Steps of which RUN/traces/schedule_step_N.json shows what every rank did when: forward and
+    backward of each micro-batch, waiting, collectives."""
+
+    record_memory_history: bool = False
+    """CUDA: keep the stacks of allocations for the snapshot of an out-of-memory error."""
+
+    prometheus_textfile: str | None = None
+    """File that rank 0 rewrites at each --log-interval in Prometheus' text format."""
+
+    prometheus_port: int | None = None
+    """Port of 127.0.0.1 where rank 0 answers GET /metrics in Prometheus' text format."""
 
     wandb_project: str | None = None
     """Weights & Biases project."""

@@ -23,6 +23,9 @@ class ParallelSection:
     distributed_timeout_minutes: int = 10
     """How long a collective may wait for its peers, in minutes."""
 
+    rendezvous_timeout_s: float = 300.0
+    """How long a rank waits at the start for the others, in seconds; then it leaves with 69."""
+
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer's matrices (tp)."""
 

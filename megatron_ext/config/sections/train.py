@@ -62,10 +62,10 @@ class TrainSection:
     """Save and exit after this many minutes."""
 
     exit_signal_handler: bool = False
-    """Save and exit after the step in which --exit-signal came."""
+    """Save and exit also on --exit-signal; SIGTERM, SIGUSR1 and SIGUSR2 do it by themselves."""
 
     exit_signal: str = "SIGTERM"
-    """Signal of --exit-signal-handler: a name such as SIGUSR1, or its number."""
+    """Signal of --exit-signal-handler: a name such as SIGHUP, or its number."""
 
     manual_gc: bool = False
     """Collect Python garbage at chosen steps only, on all ranks together."""
@@ -74,7 +74,8 @@ class TrainSection:
     """Steps between manual collections; 0: none during training."""
 
     iterations_to_skip: list[int] | None = None
-    """Steps that read their data and do nothing else."""
+    """Steps, numbered as in metrics.jsonl, that read their data and do nothing else: no update, no
+    step of the schedule, no record. Megatron-LM before 0.18 counts them from 0."""
 
     @property
     def params_dtype(self) -> Literal["fp32", "fp16", "bf16"]:
