@@ -18,10 +18,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_ext.checkpoint import Checkpointer, TrainState, rng
 from megatron_ext.checkpoint import state as parts
 from megatron_ext.config import parse
+from megatron_ext.context import zigzag
 from megatron_ext.device import start
 from megatron_ext.mesh.groups import process_groups
 from megatron_ext.model.gpt import build_chunks, vocabulary, wrap_for_training
 from megatron_ext.optim.build import build_optimizer, build_scheduler
+from tests.ranks.harness import next_port
 from tests.ranks.tiny import TINY
 
 SEQUENCE, MICRO, GLOBAL = 16, 2, 8
@@ -81,6 +83,7 @@ class SmallRun:
             decoder_seq_length=SEQUENCE,
             forward_only=False,
         )
+        state.before_update()
         state.optimizer.step()
         state.scheduler.step(increment=GLOBAL)
         progress = state.progress
@@ -89,7 +92,8 @@ class SmallRun:
         progress.consumed_tokens += GLOBAL * SEQUENCE
         total = torch.tensor([sum(r["loss"].item() for r in reports)], dtype=torch.float64)
         torch.distributed.all_reduce(total)
-        return total.item()
+        pp = parallel_state.get_pipeline_model_parallel_world_size()
+        return total.item() * pp / torch.distributed.get_world_size() / len(mine)
 
     def steps(self, count: int) -> list[float]:
         """Losses of the next steps."""
@@ -149,8 +153,11 @@ class SmallRun:
 
 def _forward(batches, model, *_):
     batch = next(batches)
-    position_ids = torch.arange(SEQUENCE)[None].expand(MICRO, -1)
-    output = model(batch[:, :-1], position_ids, None, labels=batch[:, 1:])
+    cp_rank = parallel_state.get_context_parallel_rank()
+    split = zigzag(parallel_state.get_context_parallel_world_size()).split
+    tokens, labels = (split(part.contiguous(), cp_rank) for part in (batch[:, :-1], batch[:, 1:]))
+    position_ids = split(torch.arange(SEQUENCE)[None].expand(MICRO, -1).contiguous(), cp_rank)
+    output = model(tokens, position_ids, None, labels=labels)
 
     def loss(output):
         mean = output.float().mean()
@@ -171,8 +178,7 @@ def small_run(flags: str) -> Iterator[SmallRun]:
     """A run in the layout of `flags` on the ranks of this test, its groups destroyed at the end."""
     cfg = parse([*TINY, *FLAGS, *flags.split()])
     device = start("cpu")
-    # gloo keeps the addresses of a dead group in its store: every group of a process needs its own
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    os.environ["MASTER_PORT"] = next_port()
     with process_groups(cfg.parallel, device, cfg.train.seed):
         yield SmallRun(cfg)
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from megatron_ext.checkpoint import folder as layout
-from megatron_ext.checkpoint import writer
+from megatron_ext.checkpoint import saving, staging
 from megatron_ext.errors import DiskError
 from megatron_ext.mesh.agree import FailedElsewhere
 from tests.checkpoint.small_run import DIST, EP2, checkpointer, small_run
@@ -17,16 +17,20 @@ from tests.ranks.harness import run_ranks, start_ranks
 
 
 def _train_on_while_saving(flags, folder):
-    """The writer is held back until two more steps have changed every tensor in place."""
-    may_write = threading.Event()
-    write = writer.Shard._write
-    writer.Shard._write = lambda shard: (may_write.wait(30), write(shard))
+    """The writer is held back until two more steps have changed every tensor in place; the copy
+    is held back until the first of them waits for it.
+    """
+    may_write, waits = threading.Event(), threading.Event()
+    write, copy = saving.writer.write_image, staging.Image.copy
+    saving.writer.write_image = lambda image, path: (may_write.wait(60), write(image, path))[1]
+    staging.Image.copy = lambda image, done: (waits.wait(60), copy(image, done))
     with small_run(flags) as run:
         with checkpointer(folder, async_save=True) as saver:
             run.steps(2)
             saver.save(run.state)
             marks = run.fingerprint()
-            assert saver.poll() == []
+            assert saver.poll() == [] and not saver._saves[0].image.copied.is_set()
+            run.state.before_update = lambda: (waits.set(), saver.before_update())
             losses = run.steps(2)
             assert saver.poll() == [] and layout.steps(folder) == []
             may_write.set()
@@ -64,24 +68,27 @@ def test_saves_in_a_row_and_their_ledger(tmp_path):
         json.loads(line) for line in (tmp_path / "ckpt" / "ledger.jsonl").read_text().splitlines()
     ]
     events = [(line["step"], line["event"]) for line in lines]
-    assert events == [(s, e) for s in (1, 2, 3, 4) for e in ("requested", "staged", "durable")]
+    for step in (1, 2, 3, 4):
+        mine = [event for number, event in events if number == step]
+        assert mine == ["requested", "staged", "durable", "verified"]
     durable = [line for line in lines if line["event"] == "durable"]
-    written = sum(f.stat().st_size for f in (tmp_path / "ckpt/step_00000004").glob("*.distcp"))
-    assert 0 < durable[-1]["bytes"] < written
+    written = sum(f.stat().st_size for f in (tmp_path / "ckpt/step_00000004").glob("*.safetensors"))
+    assert 0 < durable[-1]["bytes"] == written
     assert all(line["seconds"] > 0 for line in durable)
 
 
 def _fail_on_rank(rank, error, count):
     """The writer of one rank fails `count` times."""
-    save, left = writer.Shard._save, [count]
+    write, left = saving.writer.write_image, [count]
 
-    def broken(shard, value, stream):
+    def broken(image, path):
         if int(os.environ["RANK"]) == rank and left[0] > 0:
             left[0] -= 1
+            image.drop()
             raise error
-        return save(shard, value, stream)
+        return write(image, path)
 
-    writer.Shard._save = broken
+    saving.writer.write_image = broken
 
 
 def _failing_writer(folder):
@@ -122,12 +129,12 @@ def _full_disk(folder, asynchronous):
     return None
 
 
-def test_a_full_disk_ends_the_run_at_once_or_after_three_asynchronous_saves(tmp_path):
-    for asynchronous, wanted in ((False, []), (True, [1, 2])):
+def test_a_full_disk_ends_the_run_after_three_saves(tmp_path):
+    for asynchronous, wanted in ((False, [1, 2]), (True, [1, 2])):
         results = run_ranks(_full_disk, 2, tmp_path / str(asynchronous), asynchronous)
         for steps, code, text in results:
             assert (steps, code) == (wanted, 74)
-            assert "No space left on device" in text and "have" in text and ".distcp" in text
+            assert "No space left on device" in text and "have" in text and "need" in text
         assert layout.steps(tmp_path / str(asynchronous)) == []
 
 
@@ -137,7 +144,7 @@ def _killed_while_writing(folder, go):
             run.steps(2)
             saver.save(run.state)
             saver.poll(blocking=True)
-            writer.Shard._write = lambda shard: time.sleep(60)
+            saving.writer.write_image = lambda image, path: time.sleep(60)
             run.steps(1)
             saver.save(run.state)
             go.put(1)
@@ -165,6 +172,7 @@ def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path):
     for process in processes:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
+    assert not list(folder.glob("step_00000003"))
     assert layout.steps(folder) == [2] and (folder / "lease.json").exists()
     assert run_ranks(_resume, 2, folder) == [3, 3]
     assert layout.steps(folder) == [3, 2] and not list(folder.glob(".writing*"))

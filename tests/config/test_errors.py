@@ -52,6 +52,10 @@ def test_violations_are_all_printed(capsys, monkeypatch):
     ]
 
 
-def test_bugs_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError), exit_on_fatal():
+def test_bugs_keep_their_traceback(capsys):
+    with pytest.raises(SystemExit) as end, exit_on_fatal():
         _ = 1 / 0
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert end.value.code == 70
+    assert first.startswith("FATAL 70 rank=0 what=ZeroDivisionError: division by zero")
+    assert rest[0] == "Traceback (most recent call last):"

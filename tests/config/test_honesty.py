@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from megatron_ext.config import ignored
+from megatron_ext.config import ignored, refused, renamed
+from megatron_ext.config.conditions import NEEDS
 from megatron_ext.config.flags import OURS, all_flags, members
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,7 @@ RESOLVED = {
     "create_attention_mask_in_dataloader",
     "exit_on_missing_checkpoint",
     "auto_detect_ckpt_format",
+    "use_pytorch_profiler",
 }
 
 
@@ -35,6 +37,7 @@ def sources() -> str:
 def test_every_field_of_ours_is_read_or_listed():
     text = sources()
     listed = RESOLVED | set(ignored.UNHONOURED) | set(ignored.NEEDS_TRANSFORMER_ENGINE)
+    listed |= set(refused.FIELDS)
     unread = [
         member.dest
         for section in OURS
@@ -47,5 +50,7 @@ def test_every_field_of_ours_is_read_or_listed():
 def test_the_table_names_flags_that_exist():
     flags = all_flags()
     tables = (ignored.UNHONOURED, ignored.NEEDS_TRANSFORMER_ENGINE, ignored.HARMLESS)
+    tables += (ignored.ON_BY_DEFAULT, refused.FIELDS, renamed.DEPRECATED, renamed.SAME_VALUE)
+    tables += (renamed.SAME_VALUE.values(), *(need.dests for need in NEEDS))
     for table in tables:
         assert not set(table) - set(flags)

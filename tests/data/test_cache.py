@@ -132,3 +132,14 @@ def test_keys_differ_by_every_fact():
     keys = {key_of("x", a=1, b=2), key_of("x", a=1, b=3), key_of("y", a=1, b=2), key_of("x", a=1)}
     assert len(keys) == 4
     assert key_of("x", a=1, b=2) == key_of("x", b=2, a=1)
+
+
+def test_a_note_is_believed_only_whole_and_under_its_own_name(cache):
+    cache.note("a", lambda: {"error": "damaged"})
+    cache.note("b", lambda: {"max_token_id": 5})
+    path, good = cache.folder / "a.json", (cache.folder / "b.json").read_text()
+    for content in (good, good.replace("5", "6"), "[" * 100_000, "", "[]", '{"value": {"x": 1}}'):
+        path.write_text(content)
+        assert cache.read_note("a") is None
+    cache.note("a", lambda: {"error": "damaged"})
+    assert cache.read_note("a") == {"error": "damaged"}

@@ -110,3 +110,42 @@ def test_first_outside():
     assert scan.first_outside(tokens, 9) == 2
     assert scan.first_outside(np.array([0, -1], dtype=np.int32), 9) == 1
     assert scan.first_outside(np.array([], dtype=np.uint16), 9) is None
+
+
+def report_of(prefix, **given):
+    """What data.prepare writes beside a pair of ids 1 to 50."""
+    return {
+        "bin_bytes": prefix.with_suffix(".bin").stat().st_size,
+        "bin_sha256": sha256_of(prefix.with_suffix(".bin")),
+        "idx_sha256": sha256_of(prefix.with_suffix(".idx")),
+        "spot_sha256": scan.spot_sha256(prefix.with_suffix(".bin")),
+        "min_token_id": 1,
+        "max_token_id": 50,
+        **given,
+    }
+
+
+def test_an_index_that_is_consistent_and_another_is_found_by_its_hash(tmp_path):
+    file = with_bad(tmp_path / "p", 50)
+    (tmp_path / "p.report.json").write_text(json.dumps(report_of(tmp_path / "p")))
+    scan.require_whole(file, scan.examine(file))
+    idx = tmp_path / "p.idx"
+    content = bytearray(idx.read_bytes())
+    content[-16:-8] = content[-24:-16]  # the last but one document mark: still in order
+    idx.write_bytes(content)
+    with pytest.raises(DataError, match=r"idx_sha256 is .* path=.*p\.idx"):
+        scan.require_whole(file, scan.examine(IndexedFile(tmp_path / "p")))
+
+
+def test_complete_reads_every_byte_of_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(scan, "HASHED_WHOLE_BYTES", 0)
+    monkeypatch.setattr(scan, "SPOT_BYTES", 1)
+    monkeypatch.setattr(scan, "SPOTS", 2)
+    file = with_bad(tmp_path / "p", 50)
+    (tmp_path / "p.report.json").write_text(json.dumps(report_of(tmp_path / "p")))
+    content = bytearray((tmp_path / "p.bin").read_bytes())
+    content[4] ^= 1
+    (tmp_path / "p.bin").write_bytes(content)
+    assert "error" not in scan.examine(file), "between the spots"
+    assert "bin_sha256" in scan.examine(file, complete=True)["error"]
+    assert scan.cache_key(file) != scan.cache_key(file, complete=True)

@@ -127,7 +127,7 @@ def _update_biases(stock: bool):
         routers.append(router)
     config = types.SimpleNamespace(moe_router_bias_update_rate=0.1)
     update = finalize._update_router_expert_bias
-    if stock:
+    while stock and "stock" in inspect.getclosurevars(update).nonlocals:
         update = inspect.getclosurevars(update).nonlocals["stock"]
     try:
         update([routers], config)

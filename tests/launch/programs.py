@@ -59,8 +59,8 @@ def launched(num_ranks: int, *flags: object) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT)
         process.communicate(timeout=20)
 
 
@@ -72,6 +72,12 @@ def wait_for(path: Path, text: str, timeout_s: float = 90) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"no {text!r} in {path} after {timeout_s} s")
+
+
+def children_of(pid: int) -> list[int]:
+    """Ids of the living processes that a process has started, oldest first."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in path.read_text().split()] if path.exists() else []
 
 
 def processes_of(word: str) -> list[int]:

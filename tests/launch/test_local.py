@@ -11,21 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.programs import all_gone, fatal_lines, launch, launched, processes_of, wait_for
+from tests.launch.programs import all_gone, children_of, fatal_lines, launch, launched, wait_for
 from tests.ranks.tiny import TINY, read_metrics
 
 FOREVER = ("--train-iters", "100000")
-
-
-def ranks_of(run_dir) -> list[int]:
-    """Process ids of the ranks that train into `run_dir`."""
-    found = processes_of(f"{run_dir}")
-    return [pid for pid in found if "local.py" not in _command(pid)]
-
-
-def _command(pid: int) -> str:
-    with open(f"/proc/{pid}/cmdline", "rb") as file:
-        return file.read().decode()
 
 
 def test_two_ranks_train_and_resume(tmp_path):
@@ -87,7 +76,7 @@ def test_help_and_dry_run_start_no_rank():
 def test_a_killed_rank_ends_all_within_fifteen_seconds(tmp_path):
     with launched(2, *TINY, *FOREVER, "--run-dir", tmp_path) as process:
         wait_for(tmp_path / "metrics.jsonl", '"step": 5')
-        ranks = ranks_of(tmp_path)
+        ranks = children_of(process.pid)
         assert len(ranks) == 2
         begin = time.monotonic()
         os.kill(ranks[-1], signal.SIGKILL)
@@ -104,16 +93,3 @@ def test_a_killed_launcher_takes_its_ranks_with_it(tmp_path):
         wait_for(tmp_path / "metrics.jsonl", '"step": 2')
         process.kill()
         assert all_gone(str(tmp_path), 5)
-
-
-def test_sigterm_saves_and_ends_with_75(tmp_path):
-    flags = [*TINY, *FOREVER, "--exit-signal-handler", "--run-dir", tmp_path]
-    with launched(2, *flags) as process:
-        wait_for(tmp_path / "metrics.jsonl", '"step": 2')
-        process.terminate()
-        _, errors = process.communicate(timeout=15)
-    assert process.returncode == 75
-    assert fatal_lines(errors) == errors.splitlines() and "state saved" in errors
-    last = read_metrics(tmp_path, "step")[-1]
-    saved = (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").read_text()
-    assert int(saved) == last

@@ -38,4 +38,3 @@ def test_the_rotary_key_gets_its_whole_gradient():
 
 def test_stock_loses_part_of_it():
     assert _difference(2, TP2, stock=True) > 1e-3, "upstream has changed: the class may go"
-

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config.flags import all_flags
+from megatron_ext.config.argv import every_flag
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -31,7 +31,7 @@ def commands(text: str) -> list[str]:
 
 def known_flags() -> set[str]:
     """Every spelling of the training program."""
-    flags = all_flags().values()
+    flags = every_flag().values()
     spellings = {name for flag in flags for name in (*flag.names, *flag.negatives)}
     return spellings | {"--config", "--dry-run", "--print-config", "--help"}
 
@@ -61,8 +61,8 @@ def _is_right(line: str) -> bool:
         return importlib.util.find_spec(module) is not None
     is_training = any(word.endswith(("pretrain_moe.py", "launch/run.sh")) for word in words)
     flags = {word.partition("=")[0] for word in words if word.startswith("--")}
-    torchrun = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
-    return not is_training or flags <= known_flags() | torchrun
+    launchers = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--restarts"}
+    return not is_training or flags <= known_flags() | launchers
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -33,10 +33,17 @@ RESUMES = {
 }
 
 
+MEASURED = ("step_time_s", "tokens_per_s", "model_tflop_per_s_per_rank", "started_unix_s")
+MEASURED_PREFIXES = ("time_", "memory_")
+
+
 def _lines(run_dir):
+    """The records of metrics.jsonl without what is measured: seconds, rates, bytes."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timings = ("step_time_s", "tokens_per_s", "model_tflop_per_s_per_rank")
-    return [{k: v for k, v in line.items() if k not in timings} for line in lines]
+    return [
+        {k: v for k, v in one.items() if k not in MEASURED and not k.startswith(MEASURED_PREFIXES)}
+        for one in lines
+    ]
 
 
 @pytest.mark.parametrize("name", RESUMES)

@@ -1,6 +1,5 @@
 """A mixture made from a dense checkpoint starts as the dense model, in every layout."""
 
-import json
 import warnings
 
 import numpy as np
@@ -185,5 +184,5 @@ def test_training_upcycles_what_it_loads(tmp_path):
     run_ranks(pretrain, 2, [*flags, *experts, *load, *layout, "--run-dir", str(moe)])
     first, reference = read_metrics(moe)[0], read_metrics(tmp_path / "again")[0]
     assert first == pytest.approx(reference, rel=1e-6)
-    record = json.loads((moe / "checkpoints" / "step_00000002" / "state.json").read_text())
+    record = StoredTensors(moe / "checkpoints" / "step_00000002").record
     assert record["progress"]["step"] == 2
