@@ -10,9 +10,12 @@ One rank: `python pretrain_moe.py --config configs/quickstart.yaml`; several: `t
 
 from megatron_ext.config import RunConfig, parse
 from megatron_ext.errors import exit_on_fatal
+from megatron_ext.mesh.attempt import die_with_parent
+from megatron_ext.mesh.limits import check_limits
+from megatron_ext.train.stop import StopRequest
 
 
-def pretrain(cfg: RunConfig) -> None:
+def pretrain(cfg: RunConfig, stop: StopRequest) -> None:
     """Train, or only evaluate, what `cfg` describes, on the ranks of this launch."""
     from megatron_ext.device import start
 
@@ -26,10 +29,11 @@ def pretrain(cfg: RunConfig) -> None:
     from megatron_ext.train.loop import Run, evaluate_at_end, train
 
     with process_groups(cfg.parallel, device, cfg.train.seed, setup.context_levels(cfg)):
-        where = setup.run_directory(cfg)
+        cfg, where = setup.run_directory(cfg)
         tokenizer = agree(lambda: setup.tokenizer(cfg))
         words = vocabulary(cfg, tokenizer.vocab_size)
         splits = setup.datasets(cfg, tokenizer)
+        setup.leave_if_asked(stop)
         chunks = wrap_for_training(cfg, build_chunks(cfg, words))
         optimizer = build_optimizer(cfg, chunks)
         state = setup.train_state(chunks, optimizer, build_scheduler(cfg, optimizer))
@@ -37,15 +41,19 @@ def pretrain(cfg: RunConfig) -> None:
             from megatron_ext.upcycle.run import load_upcycled
 
             cfg, where = load_upcycled(cfg, where)
-        with setup.checkpointer(cfg, where) as checkpointer:
+        with setup.watch(cfg, where), setup.checkpointer(cfg, where) as checkpointer:
             checkpointer.load(state)
-            with setup.observers(cfg, where, state) as observers:
+            setup.leave_if_asked(stop, state.progress.step)
+            with (
+                setup.observers(cfg, where, state) as observers,
+                setup.instruments(cfg, where, state, checkpointer) as instruments,
+            ):
                 measures = setup.measures(cfg, tokenizer, words)
-                run = Run(cfg, state, splits, checkpointer, observers, *measures)
+                run = Run(cfg, state, splits, checkpointer, observers, instruments, *measures)
                 setup.announce(run, device, words, where)
                 if not cfg.train.eval_only:
-                    observers.say(f"stopped: {train(run)}")
-                evaluate_at_end(run)
+                    observers.say(f"stopped: {train(run, stop)}")
+                evaluate_at_end(run, stop)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,12 +62,19 @@ def main(argv: list[str] | None = None) -> None:
         cfg = parse(argv)
         if cfg.action == "print-config":
             print(cfg.to_json() if cfg.print_format == "json" else cfg.to_yaml())
+        elif cfg.action == "explain":
+            from megatron_ext.config.explain import explain, to_text
+
+            print(to_text(explain(cfg)))
         elif cfg.action == "dry-run":
             from megatron_ext.costs.dryrun import dry_run
 
             print(dry_run(cfg))
         else:
-            pretrain(cfg)
+            die_with_parent()
+            check_limits()
+            with StopRequest(cfg.train) as stop:
+                pretrain(cfg, stop)
 
 
 if __name__ == "__main__":
