@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch._C._distributed_c10d import ProcessGroup, Work
@@ -50,6 +50,50 @@ METHODS = {
     "recv_anysource": "recv",
 }
 """Methods of ProcessGroup -> names of people; torch versions lack some."""
+
+
+_WORK_WAIT = vars(Work)["wait"]
+
+
+class Pending:
+    """The handle of an asynchronous collective of ours: `works` of gloo, then `finish` once.
+
+    Not a `Work`, whose `wait` C++ calls; listeners hear of this one's as they do of Work's.
+    """
+
+    def __init__(
+        self, works: Sequence[Any], finish: Callable[[], None], keep: tuple[Any, ...] = ()
+    ) -> None:
+        self._works, self._finish = list(works), finish
+        self._keep = keep  # tensors that are on their way
+
+    @classmethod
+    def of(cls, parts: Sequence[Pending], is_async: bool) -> Pending | None:
+        """One handle for all of `parts`; None, after all of them, where the caller has no use for
+        one.
+        """
+        whole = cls([], lambda: [part.finish() for part in parts])
+        if is_async:
+            return whole
+        whole.finish()
+        return None
+
+    def finish(self) -> None:
+        """`wait` that nobody hears."""
+        works, self._works = self._works, []
+        for work in works:
+            _WORK_WAIT(work)
+        self._finish()
+        self._finish, self._keep = lambda: None, ()
+
+    def wait(self, timeout: Any = None) -> bool:
+        """Return when the result is there."""
+        self.finish()
+        return True
+
+
+WAITED = (Work, Pending)
+"""The classes whose `wait` ends a collective."""
 
 
 class Listener(Protocol):
@@ -101,13 +145,15 @@ def listening(listener: Listener) -> Iterator[None]:
     # of the class's own dictionary: what getattr returns for a method of pybind11 does not bind
     # again when it is put back
     stock = {name: vars(ProcessGroup)[name] for name in METHODS if name in vars(ProcessGroup)}
-    stock_wait = vars(Work)["wait"]
+    stock_waits = {kind: vars(kind)["wait"] for kind in WAITED}
     try:
         for name, method in stock.items():
             setattr(ProcessGroup, name, _method(listener, METHODS[name], method))
-        Work.wait = _wait(listener, stock_wait)
+        for kind, wait in stock_waits.items():
+            kind.wait = _wait(listener, wait)
         yield
     finally:
-        Work.wait = stock_wait
+        for kind, wait in stock_waits.items():
+            kind.wait = wait
         for name, method in stock.items():
             setattr(ProcessGroup, name, method)

@@ -19,6 +19,7 @@ from megatron_ext.device import Device
 from megatron_ext.errors import ConfigError, RendezvousError
 from megatron_ext.mesh import rank_order
 from megatron_ext.mesh.attempt import store_prefix
+from megatron_ext.mesh.gloo_collectives import faster
 
 STORE_FD = "PRETRAIN_MOE_STORE_FD"
 """Environment variable: the listening socket that rank 0 has from its launcher."""
@@ -143,7 +144,9 @@ def process_groups(
         model_parallel_cuda_manual_seed(seed + 100 * pp_rank, force_reset_rng=True)
         if device.kind == "cpu":  # dropout draws from torch's own stream: another one per replica
             torch.manual_seed(seed + 100 * pp_rank + 10_000 * dp_rank)
-        yield
+        kind = parallel.gloo_collectives if device.backend == "gloo" else "plain"
+        with faster(kind, timeout.total_seconds()):
+            yield
     finally:
         stop()
 

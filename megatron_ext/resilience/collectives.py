@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import ProcessGroup, Work
 
-from megatron_ext.mesh.calls import METHODS
+from megatron_ext.mesh.calls import METHODS, WAITED
 from megatron_ext.resilience.heartbeat import OPS, POINT_TO_POINT, HeartbeatFile
 from megatron_ext.resilience.members import shorten
 
@@ -124,23 +124,28 @@ def _method(recorder: Recorder, op: str, stock: Callable) -> Callable:
     return call
 
 
+def _wait(recorder: Recorder, stock: Callable) -> Callable:
+    def wait(self, *args, **kwargs):
+        return recorder.wait(stock, self, args, kwargs)
+
+    return wait
+
+
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """Within it, every call goes through `recorder`."""
     # of the class's own dictionary: what getattr returns for a method of pybind11 does not bind
     # again when it is put back
     stock = {name: vars(ProcessGroup)[name] for name in METHODS if name in vars(ProcessGroup)}
-    stock_wait = vars(Work)["wait"]
-
-    def wait(self, *args, **kwargs):
-        return recorder.wait(stock_wait, self, args, kwargs)
-
+    stock_waits = {kind: vars(kind)["wait"] for kind in WAITED}
     try:
         for name, method in stock.items():
             setattr(ProcessGroup, name, _method(recorder, METHODS[name], method))
-        Work.wait = wait
+        for kind, wait in stock_waits.items():
+            kind.wait = _wait(recorder, wait)
         yield
     finally:
-        Work.wait = stock_wait
+        for kind, wait in stock_waits.items():
+            kind.wait = wait
         for name, method in stock.items():
             setattr(ProcessGroup, name, method)

@@ -20,6 +20,11 @@ class ParallelSection:
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Collective library. Default: nccl on cuda, gloo on cpu (Megatron-LM's default is nccl)."""
 
+    gloo_collectives: Literal["shared", "messages", "plain"] = "shared"
+    """How gloo groups exchange. shared: through memory, among the ranks of one host; messages:
+    reduce-scatter and all-gather made of gloo's faster collectives; plain: gloo's own. Two ranks
+    get the same bits of each; more ranks the same sums in another order."""
+
     distributed_timeout_minutes: int = 10
     """How long a collective may wait for its peers, in minutes."""
 
