@@ -1,226 +1,198 @@
-"""The router of every MoE layer: megatron-core's TopKRouter with losses of the strength they say
-and a tally.
+"""The router of every MoE layer: scores, choice, losses and tally of a micro-batch in one go.
 
-megatron-core scores, selects and drops (softmax or sigmoid, pre/post softmax, group-limited, expert
-bias, sinkhorn, capacity). Two things are changed through its own methods:
+    hidden -> gating (megatron-core) -> logits -> route -> counts -> pull of the balance losses
+                                                    |-> Weights: [T, K] with the whole gradient
+                                                    |-> tally
 
-* the strength of the auxiliary losses (see `loss_strength`), which in 0.16.1 depends on the layout;
-* what the router did is written into a `Tally` (moe/stats.py) instead of megatron-core's logging
-  tracker, whose reduction hangs pipeline ranks without MoE layers and shows one rank's z-loss only.
-
-Global-batch load-balancing loss: Qiu et al. 2025, "Demons in the Detail", arXiv:2501.11873.
+Where a setting needs megatron-core's own road (sinkhorn, its fused kernels, its capacity on a
+shard, replayed routing, fp64, a padding mask) that is taken: moe/stock_router.py. A dispatcher that
+works on a `Choice` gets it (`hand_on_choice`); others get megatron-core's T x E maps.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-
 import torch
-from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
-    compute_routing_scores_for_aux_loss,
-    get_tokens_per_expert_and_token_count,
-    switch_load_balancing_loss_func,
-    z_loss_func,
-)
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_ext.moe.capacity import kept_of_micro_batch
+from megatron_ext.moe.balance import (
+    counted_by_sample,
+    loss_strength,
+    pull_of,
+    summed,
+    total_pull,
+)
+from megatron_ext.moe.choice import Choice, counted, maps
 from megatron_ext.moe.group_score import GroupScore
-from megatron_ext.moe.stats import Tally
+from megatron_ext.moe.routed import Routed, Rule, Weights, best_experts, route
+from megatron_ext.moe.stock_router import RouterOptions, StockRouter
+
+LOGGED = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+"""megatron-core's kind of balance loss -> its name in the tally."""
+
+__all__ = ["Router", "RouterOptions", "loss_strength"]
 
 
-def loss_strength(
-    *, shards: int, dp: int, over_global_batch: bool, exact: bool, tokens: int | None
-) -> float:
-    """Factor on a balance or z loss so that its gradient has the strength of its coefficient in
-    every layout.
-
-    The loss of one rank is its share of a sum over `shards` = tp x cp token shards (and over dp as
-    well for the global-batch loss). The data-parallel reduction then averages over dp, which is
-    right for per-micro-batch losses and makes the global-batch one 1/dp of its coefficient; `exact`
-    undoes that, `exact=False` keeps megatron-core's strength for recipes tuned with it. With
-    --calculate-per-token-loss gradients are divided by the number of tokens of the global batch:
-    `tokens` of this rank's shard times `shards` restores the loss (0.16.1 leaves out `shards`).
+def rule_of(config, replay) -> Rule | None:
+    """The rule of this config, None where megatron-core's own road is needed. `replay` is what
+    stands in the place of its RouterReplay.
     """
-    strength = 1.0
-    if over_global_batch and exact:
-        strength *= dp
-    if tokens is not None:
-        strength *= tokens * shards
-    return strength
+    is_ours = (
+        config.moe_router_load_balancing_type != "sinkhorn"
+        and not config.moe_router_fusion
+        and config.moe_router_dtype != "fp64"
+        and config.moe_expert_capacity_factor is None
+        and (replay is None or isinstance(replay, GroupScore))
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+    if not is_ours:
+        return None
+    return Rule(
+        topk=config.moe_router_topk,
+        score_function=config.moe_router_score_function,
+        pre_softmax=config.moe_router_pre_softmax,
+        scaling_factor=config.moe_router_topk_scaling_factor,
+        num_groups=config.moe_router_num_groups,
+        group_topk=config.moe_router_group_topk,
+        group_score=replay,
+    )
 
 
-@dataclass(frozen=True)
-class RouterOptions:
-    """What our router is asked beyond megatron-core's config: the fields of MoeSection."""
-
-    moe_global_aux_scale: str = "exact"
-    moe_global_aux_mode: str = "running"
-    moe_capacity_scope: str = "micro-batch"
-    moe_router_group_score_experts: int | None = None
-
-
-class Router(TopKRouter):
-    """TopKRouter with exact loss strengths and a tally; `global_aux_scale` is
-    --moe-global-aux-scale.
-    """
+class Router(StockRouter):
+    """`StockRouter` in few passes; the same outputs, losses and gradients."""
 
     def __init__(self, config, pg_collection=None, *, options: RouterOptions) -> None:
-        self.capacity_factor = None
-        if (
-            options.moe_capacity_scope == "micro-batch"
-            and not config.moe_pad_expert_input_to_capacity
-        ):
-            self.capacity_factor = config.moe_expert_capacity_factor
-            config = copy.copy(config)
-            config.moe_expert_capacity_factor = None  # dropped below, over the whole micro-batch
-        super().__init__(config=config, pg_collection=pg_collection)
-        if options.moe_router_group_score_experts is not None:
-            self.router_replay = GroupScore(options.moe_router_group_score_experts)
-        self.exact_global_scale = options.moe_global_aux_scale == "exact"
-        has_global_loss = self.get_aux_loss_coeff("global_aux_loss") > 0
-        self.wants_exact_counts = options.moe_global_aux_mode == "exact" and has_global_loss
-        self.counted_E: Tensor | None = None
-        self.exact_counts_E: Tensor | None = None
-        self.groups = pg_collection
-        self.balance_scale = 1.0  # of the balance losses' gradient; measurements set it to 0
-        self.tally = Tally(config.num_moe_experts)
-        self.num_shards = self.tp_cp_group.size()
-        self.dp = self.tp_dp_cp_group.size() // self.num_shards
+        super().__init__(config, pg_collection, options=options)
+        self.rule = rule_of(self.config, self.router_replay)
+        self.coefficients = {
+            name: self.get_aux_loss_coeff(name)
+            for name in ("aux_loss", "seq_aux_loss", "global_aux_loss")
+        }
+        self._hands_on = False
 
-    def begin_counting(self) -> None:
-        """The next forward passes (without gradients) only count; see moe/global_counts.py."""
-        self.counted_E = torch.zeros(self.num_experts, device=self.weight.device)
+    @property
+    def gives_choice(self) -> bool:
+        """True where no assignment is dropped and the fast road is taken."""
+        return self.rule is not None and self.capacity_factor is None
 
-    def end_counting(self, exact_counts_E: Tensor | None) -> None:
-        """Use these counts per micro-batch of the global batch (None: the running ones)."""
-        self.counted_E = None
-        self.exact_counts_E = exact_counts_E
+    def hand_on_choice(self) -> bool:
+        """From now on `forward` returns (probs [T, K], Choice) instead of two T x E maps, where it
+        can; returns whether it does.
+        """
+        self._hands_on = self.gives_choice
+        return self._hands_on
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None):
-        """logits [S, B, E] -> probabilities and map, both [S*B, E]."""
+        """logits [S, B, E] -> probabilities and map, both [S*B, E], or (probs [S*B, K], Choice)."""
+        if self.rule is None or padding_mask is not None:
+            assert not self._hands_on, "a Choice has no padding mask"
+            return super().routing(logits, padding_mask=padding_mask)
+        batch = logits.shape[1]
+        logits_TE = logits.reshape(-1, self.num_experts)
+        routed = route(logits_TE, self.rule, self.expert_bias)
+        counts_E = counted(routed.experts_TK, self.num_experts)
         if self.counted_E is not None:
-            self._count(logits, padding_mask)
-        probs, routing_map = super().routing(logits, padding_mask=padding_mask)
-        num_routed = routing_map.shape[0] * self.topk
+            self.counted_E += self._counts_of_losses(routed, counts_E)
+        pull = z_T = None
+        if self.training and torch.is_grad_enabled():
+            probs_BE = routed.probs_TE.view(-1, batch, self.num_experts).sum(dim=0)
+            pull = self._balance(routed, counts_E, probs_BE)
+            z_T = self._z(routed)
+            self.tally.add_sums(routed, probs_BE)
+        probs_TK = Weights.apply(logits_TE, routed, self.rule, pull, z_T)
+        choice = Choice(routed.experts_TK, probs_TK, counts_E)
         if self.capacity_factor is not None:
-            probs, routing_map = self._drop(probs, routing_map, batch=logits.shape[1])
-            super()._apply_expert_bias(routing_map, padding_mask=padding_mask)
-        if self.training:
-            self._tally(logits.view(-1, self.num_experts), routing_map, num_routed)
-        return probs, routing_map
+            return self._dropped(choice, logits_TE, batch)
+        if self.enable_expert_bias and torch.is_grad_enabled():
+            self.local_tokens_per_expert += counts_E
+        if self.training and torch.is_grad_enabled():
+            self.tally.add_counts(counts_E, logits_TE.shape[0], routed.experts_TK.numel())
+        if self.training and self.tally.look is not None:
+            self.tally.look.add(logits_TE, maps(choice)[1])
+        return (probs_TK, choice) if self._hands_on else maps(choice)
 
-    def _tally(self, logits: Tensor, routing_map: Tensor, num_routed: int) -> None:
-        """Take down one micro-batch: in the pass with gradients, and for a close look in the pass
-        of the chunk itself (the one without gradients where layers are recomputed).
+    def _dropped(self, choice: Choice, logits_TE: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """The maps of what the capacity of the micro-batch keeps."""
+        probs_TE, map_TE = self._drop(*maps(choice), batch=batch)
+        self._count_for_bias(map_TE)
+        if self.training and torch.is_grad_enabled():
+            self.tally.add_routing(map_TE, choice.experts_TK.numel())
+        if self.training and self.tally.look is not None:
+            self.tally.look.add(logits_TE, map_TE)
+        return probs_TE, map_TE
+
+    def _experts_of_losses(self, routed: Routed) -> Tensor:
+        """[T, K] what the balance losses count: the top-k of the distribution, without the expert
+        bias and without groups, as in megatron-core.
         """
-        if torch.is_grad_enabled():
-            self.tally.add_routing(routing_map, num_routed)
-            self.tally.add_scores(logits, self.score_function)
-        if self.tally.look is not None:
-            self.tally.look.add(logits, routing_map)
+        if self.expert_bias is None and not self.rule.group_topk:
+            return routed.experts_TK
+        return best_experts(routed.probs_TE, Rule(self.topk))
 
-    def _count(self, logits: Tensor, padding_mask: Tensor | None) -> None:
-        """Add this rank's choices, as the balance loss counts them (top-k of the scores)."""
-        mask = None if padding_mask is None else padding_mask.reshape(-1)
-        chosen, _ = compute_routing_scores_for_aux_loss(
-            logits.view(-1, self.num_experts), self.topk, self.score_function, padding_mask=mask
-        )
-        self.counted_E += chosen.sum(dim=0)
+    def _counts_of_losses(self, routed: Routed, counts_E: Tensor) -> Tensor:
+        experts = self._experts_of_losses(routed)
+        return counts_E if experts is routed.experts_TK else counted(experts, self.num_experts)
 
-    def _drop(self, probs: Tensor, routing_map: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        keep = kept_of_micro_batch(
-            probs,
-            routing_map,
-            batch=batch,
-            factor=self.capacity_factor,
-            topk=self.topk,
-            policy=self.config.moe_token_drop_policy,
-            groups=self.groups,
-        )
-        return probs * keep, keep
-
-    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Count for the expert bias; where tokens are dropped, only after that."""
-        if self.capacity_factor is None:
-            super()._apply_expert_bias(routing_map, padding_mask=padding_mask)
-
-    def _apply_global_aux_loss(
-        self, probs, scores_for_aux_loss, routing_map, with_padding_mask: bool = False
-    ) -> Tensor:
-        """The running estimate of megatron-core, or the loss on the exact counts of the global
-        batch.
+    @torch.no_grad()
+    def _balance(self, routed: Routed, counts_E: Tensor, probs_BE: Tensor) -> Tensor | None:
+        """d(all balance losses) / d(distribution), [E] or [B, E]; each loss goes into the tally.
+        `probs_BE`: sums of the distribution over the tokens of each sample.
         """
-        if self.exact_counts_E is None:
-            return super()._apply_global_aux_loss(
-                probs, scores_for_aux_loss, routing_map, with_padding_mask
-            )
-        coefficient = self.get_aux_loss_coeff("global_aux_loss")
-        _, local_tokens, total_tokens = get_tokens_per_expert_and_token_count(
-            routing_map=routing_map,
-            reduce_group=self.tp_dp_cp_group,
-            with_padding_mask=with_padding_mask,
-            topk=self.topk,
-        )
-        loss = switch_load_balancing_loss_func(
-            probs=scores_for_aux_loss,
-            tokens_per_expert=self.exact_counts_E,
-            total_num_tokens=total_tokens,
-            topk=self.topk,
-            num_experts=self.num_experts,
-            moe_aux_loss_coeff=coefficient,
-        )
-        return self.attach_and_log_load_balancing_loss(
-            probs,
-            coefficient,
-            loss,
-            "global_load_balancing_loss",
-            self.tp_dp_cp_group,
-            reduce_group_has_dp=True,
-            valid_token_count=local_tokens,
-        )
+        wanted = {name: value for name, value in self.coefficients.items() if value > 0}
+        if not wanted:
+            return None
+        num_tokens, batch = routed.probs_TE.shape[0], probs_BE.shape[0]
+        counts_E, parts = self._counts_of_losses(routed, counts_E), []
+        for name, coefficient in wanted.items():
+            is_global, samples = name == "global_aux_loss", 1
+            if name == "seq_aux_loss":
+                samples = batch
+                experts = self._experts_of_losses(routed)
+                counts = counted_by_sample(experts, batch, self.num_experts)
+                counts = summed(counts, self.tp_cp_group)
+            else:
+                counts = self._global_counts(counts_E) if is_global else None
+                counts = summed(counts_E, self.tp_cp_group) if counts is None else counts
+            ranks = self.num_shards * (self.dp if is_global else 1)
+            tokens = num_tokens // samples * ranks
+            pull = pull_of(counts, num_tokens=tokens, topk=self.topk, num_samples=samples)
+            ranks_in_mean = 1 if is_global else self.dp
+            self.log_loss(LOGGED[name], (probs_BE * pull).sum() / ranks_in_mean)
+            strength = coefficient * self.balance_scale * self._strength(num_tokens, is_global)
+            parts.append((pull, strength))
+        return total_pull(parts)
 
-    def attach_and_log_load_balancing_loss(
-        self,
-        activation: Tensor,
-        aux_loss_coeff: float,
-        aux_loss: Tensor,
-        aux_loss_name: str,
-        reduce_group,
-        reduce_group_has_dp: bool = False,
-        valid_token_count=None,
-    ) -> Tensor:
-        """Give the loss its gradient (an identity on `activation`) and its line in the tally."""
-        ranks_in_mean = 1 if reduce_group_has_dp else self.dp
-        self.tally.add_loss(aux_loss_name, aux_loss / aux_loss_coeff / ranks_in_mean)
-        tokens = activation.shape[0] if valid_token_count is None else valid_token_count
-        strength = loss_strength(
+    def _global_counts(self, counts_E: Tensor) -> Tensor:
+        """[E] counts for the global-batch loss: the exact ones of the batch, or the mean of the
+        micro-batches so far.
+        """
+        if self.exact_counts_E is not None:
+            return self.exact_counts_E
+        self.global_tokens_per_expert += summed(counts_E, self.tp_dp_cp_group)
+        self.ga_steps += 1
+        return self.global_tokens_per_expert / self.ga_steps
+
+    def _strength(self, num_tokens: int, is_global: bool) -> float:
+        return loss_strength(
             shards=self.num_shards,
             dp=self.dp,
-            over_global_batch=reduce_group_has_dp,
+            over_global_batch=is_global,
             exact=self.exact_global_scale,
-            tokens=tokens if self.calculate_per_token_loss else None,
+            tokens=num_tokens if self.calculate_per_token_loss else None,
         )
-        return MoEAuxLossAutoScaler.apply(activation, aux_loss * strength * self.balance_scale)
 
-    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Router z-loss, mean over tokens of logsumexp(logits)^2 (Zoph et al. 2022, ST-MoE,
-        arXiv:2202.08906).
-        """
+    @torch.no_grad()
+    def _z(self, routed: Routed) -> Tensor | None:
+        """[T] d(z loss) / d(logsumexp); the loss goes into the tally."""
         coefficient = self.config.moe_z_loss_coeff
-        if coefficient is None or not self.training or not torch.is_grad_enabled():
-            return logits
-        share = z_loss_func(logits, 1.0 / self.num_shards, padding_mask=padding_mask)
-        self.tally.add_loss("z_loss", share / self.dp)
-        tokens = logits.shape[0] if padding_mask is None else (~padding_mask).sum()
-        strength = loss_strength(
-            shards=self.num_shards,
-            dp=self.dp,
-            over_global_batch=False,
-            exact=True,
-            tokens=tokens if self.calculate_per_token_loss else None,
-        )
-        return MoEAuxLossAutoScaler.apply(logits, share * coefficient * strength)
+        if coefficient is None:
+            return None
+        logsumexp_T = routed.logsumexp_T()
+        num_tokens = logsumexp_T.shape[0]
+        share = logsumexp_T.square().mean() / self.num_shards
+        self.log_loss("z_loss", share / self.dp)
+        strength = coefficient * self._strength(num_tokens, is_global=False)
+        return logsumexp_T * (2 * strength / (self.num_shards * num_tokens))

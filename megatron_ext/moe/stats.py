@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megatron_ext.moe.routed import Routed
+
 LOSS_NAMES = (
     "load_balancing_loss",
     "seq_load_balancing_loss",
@@ -47,12 +49,24 @@ def score_sums(logits_TE: Tensor, score_function: str) -> Tensor:
     """
     logits_TE = logits_TE.float()
     probs_TE = scores(logits_TE, score_function)
-    per_token = (
-        torch.special.entr(probs_TE).sum(dim=-1),
-        torch.linalg.vector_norm(logits_TE, dim=-1),
-        logits_TE.abs().amax(dim=-1),  # on a CPU 8 times as fast as an infinity norm
-    )
-    return torch.cat((probs_TE.sum(dim=0), torch.stack(per_token).sum(dim=1)))
+    entropy_T = torch.special.entr(probs_TE).sum(dim=-1)
+    return torch.cat((probs_TE.sum(dim=0), _of_logits(logits_TE, entropy_T.sum())))
+
+
+def _of_logits(logits_TE: Tensor, entropy: Tensor) -> Tensor:
+    """[3] SCORE_SUMS of float32 logits, the first of them given."""
+    norm_T = torch.linalg.vector_norm(logits_TE, dim=-1)
+    peak_T = logits_TE.abs().amax(dim=-1)  # on a CPU 8 times as fast as an infinity norm
+    return torch.stack((entropy, norm_T.sum(), peak_T.sum()))
+
+
+def routed_sums(routed: Routed, probs_BE: Tensor) -> Tensor:
+    """`score_sums` of what is scored already; `probs_BE` are sums of its distribution."""
+    if routed.log_probs_TE is None:
+        entropy = torch.special.entr(routed.probs_TE).sum()
+    else:
+        entropy = -(routed.probs_TE * routed.log_probs_TE).sum()
+    return torch.cat((probs_BE.sum(dim=0), _of_logits(routed.logits_TE, entropy)))
 
 
 class Tally:
@@ -77,9 +91,13 @@ class Tally:
         """Count one micro-batch: assignments kept per expert, and how many there would be without
         dropping.
         """
-        counts = routing_map_TE.detach().sum(dim=0, dtype=torch.float64)
-        self.counts_E = counts if self.counts_E is None else self.counts_E + counts
-        self.num_tokens += routing_map_TE.shape[0]
+        counts_E = routing_map_TE.detach().sum(dim=0)
+        self.add_counts(counts_E, routing_map_TE.shape[0], num_tokens_times_k)
+
+    def add_counts(self, counts_E: Tensor, num_tokens: int, num_tokens_times_k: int) -> None:
+        """The same, counted already (integers)."""
+        self.counts_E = counts_E if self.counts_E is None else self.counts_E + counts_E
+        self.num_tokens += num_tokens
         self.num_routed += num_tokens_times_k
         self.num_micro_batches += 1
 
@@ -87,6 +105,11 @@ class Tally:
     def add_scores(self, logits_TE: Tensor, score_function: str) -> None:
         """Take the sums of `score_sums` of one micro-batch; they are added up once a step."""
         self.scores.append(score_sums(logits_TE.detach(), score_function))
+
+    @torch.no_grad()
+    def add_sums(self, routed: Routed, probs_BE: Tensor) -> None:
+        """The same of logits that are scored already."""
+        self.scores.append(routed_sums(routed, probs_BE))
 
     def add_loss(self, name: str, share: Tensor) -> None:
         """Add this rank's share of an unscaled loss: shares sum over all ranks of the layer to the
@@ -101,12 +124,13 @@ class Tally:
         """
         zero = torch.zeros((), dtype=torch.float64, device=self.counts_E.device)
         losses = [self.losses.get(name, zero) / self.num_micro_batches for name in LOSS_NAMES]
-        known = self.counts_E.new_tensor([self.num_tokens, self.num_routed])
+        counts_E = self.counts_E.double()
+        known = counts_E.new_tensor([self.num_tokens, self.num_routed])
         if self.scores:
             summed = torch.stack(self.scores).sum(dim=0, dtype=torch.float64)
         else:
-            summed = self.counts_E.new_zeros(self.num_experts + len(SCORE_SUMS))
-        return torch.cat((self.counts_E, summed, known, torch.stack(losses)))
+            summed = counts_E.new_zeros(self.num_experts + len(SCORE_SUMS))
+        return torch.cat((counts_E, summed, known, torch.stack(losses)))
 
 
 def width(num_experts: int) -> int:

@@ -97,10 +97,10 @@ def _gating(plan: _Planted, stock: Callable) -> Callable:
 
 
 def _balance(plan: _Planted, stock: Callable) -> Callable:
-    def run(self, activation, coefficient, loss, *args, **kwargs):
-        hit = plan.strikes("balance loss", id(self), self.layer_number - 1)
-        spoilt = loss * float("inf") if hit else loss
-        return stock(self, activation, coefficient, spoilt, *args, **kwargs)
+    def run(self, name, share):
+        is_balance = name.endswith("balancing_loss")
+        hit = is_balance and plan.strikes("balance loss", id(self), self.layer_number - 1)
+        return stock(self, name, share * float("inf") if hit else share)
 
     return run
 
@@ -118,7 +118,7 @@ def planted(faults: list[Fault]) -> Iterator[None]:
         (step, "language_model_loss", _loss),
         (GroupedExperts, "forward", _experts),
         (Router, "gating", _gating),
-        (Router, "attach_and_log_load_balancing_loss", _balance),
+        (Router, "log_loss", _balance),
     )
     with contextlib.ExitStack() as undo:
         for owner, name, make in wrappers:
