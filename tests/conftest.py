@@ -8,6 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+if not torch.cuda.is_available():  # before anything imports Triton: tests/kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from megatron_ext.device import start
 
 torch.set_num_threads(1)

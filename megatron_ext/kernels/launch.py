@@ -1,0 +1,30 @@
+"""How the kernels are launched: tuning lists that never change a result, and Triton's interpreter.
+
+Every list of configurations varies only what leaves each output's order of summation alone (tile
+height and width, warps, stages); the block along a sum is fixed. So a tuner that picks differently
+after a restart does not move a resumed run. The interpreter takes the first configuration.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def tuned(configs: list[triton.Config], key: list[str]):
+    """`triton.autotune` over the list on a GPU, its first entry in the interpreter."""
+    return triton.autotune(configs=configs[:1] if INTERPRETED else configs, key=key)
+
+
+def bucket(count: int) -> int:
+    """The next power of two: a tuning key that does not change with every micro-batch."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def precision(tensor: Tensor) -> str:
+    """What tl.dot does with fp32: torch's own setting. bf16 always accumulates in fp32."""
+    exact = tensor.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"

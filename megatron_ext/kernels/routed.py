@@ -1,0 +1,104 @@
+"""Permute, fc1, SwiGLU, fc2 and unpermute of one rank as one differentiable function.
+
+    x [T, H] -gather-> fc1 -> (gate, up) [R, 2F] -swiglu x prob-> fc2 -> y [R, H] -sum-> [T, H]
+
+Saved: x, (gate, up), the probabilities and the order; neither the permuted tokens [R, H], the
+activations [R, F] nor y are. The backward pass reads x through the order again, gets the
+activations out of the SwiGLU kernel, and the probabilities' gradient as <d activation, silu * up>,
+which needs no y: the weight stands before fc2, as megatron-core applies it. With the products of
+`TRITON` the gathered rows are not written at all. The idea of saving little this way: SonicMoE (Guo
+et al. 2025, arXiv:2512.14080).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_ext.kernels.grouped_gemm import rows_times_weights, weight_gradient
+from megatron_ext.kernels.order import Order
+from megatron_ext.kernels.rows import collect, spread
+from megatron_ext.kernels.swiglu import swiglu_backward, swiglu_forward
+
+
+@dataclass(frozen=True)
+class Products:
+    """The grouped products with rows that may be gathered.
+
+    rows(a, b_EKN, ends, source)  a[source r] @ b[expert of r] [R, N]
+    weights(grad, x, ends, grad_source_R=, x_source_R=)  [E, N, K]
+    """
+
+    rows: Callable[..., Tensor]
+    weights: Callable[..., Tensor]
+
+
+def _gathered(matrix: Tensor, source_R: Tensor | None) -> Tensor:
+    return matrix if source_R is None else spread(matrix, source_R, 1)[0]
+
+
+def _torch_rows(a: Tensor, b_EKN: Tensor, ends_E: Tensor, source_R: Tensor | None = None) -> Tensor:
+    return F.grouped_mm(_gathered(a, source_R), b_EKN, offs=ends_E)
+
+
+def _torch_weights(
+    grad: Tensor,
+    x: Tensor,
+    ends_E: Tensor,
+    *,
+    grad_source_R: Tensor | None = None,
+    x_source_R: Tensor | None = None,
+) -> Tensor:
+    left, right = _gathered(grad, grad_source_R), _gathered(x, x_source_R)
+    return F.grouped_mm(left.t(), right, offs=ends_E)
+
+
+TRITON = Products(rows_times_weights, weight_gradient)
+GROUPED_MM = Products(_torch_rows, _torch_weights)
+
+
+class _RoutedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TH, probs_TK, fc1_E2FH, fc2_EHF, order, products):
+        topk = probs_TK.shape[1]
+        tokens_R = order.slots_R // topk
+        probs_R = probs_TK.reshape(-1).index_select(0, order.slots_R)
+        hidden = products.rows(x_TH, fc1_E2FH.flatten(1, 2).transpose(1, 2), order.ends_E, tokens_R)
+        hidden_R2F = hidden.unflatten(1, fc1_E2FH.shape[1:3])
+        act_RF = swiglu_forward(hidden_R2F, probs_R)
+        y_RH = products.rows(act_RF, fc2_EHF.transpose(1, 2), order.ends_E)
+        ctx.products, ctx.ends_E, ctx.rows_TK = products, order.ends_E, order.rows_TK
+        ctx.save_for_backward(x_TH, probs_R, hidden_R2F, fc1_E2FH, fc2_EHF, tokens_R)
+        return collect(y_RH, order.rows_TK)
+
+    @staticmethod
+    def backward(ctx, grad_TH):
+        x_TH, probs_R, hidden_R2F, fc1_E2FH, fc2_EHF, tokens_R = ctx.saved_tensors
+        rows, weights, ends_E = ctx.products.rows, ctx.products.weights, ctx.ends_E
+        grad_TH = grad_TH.contiguous()
+        grad_act = rows(grad_TH, fc2_EHF, ends_E, tokens_R)
+        grad_hidden, grad_probs, act_RF = swiglu_backward(hidden_R2F, probs_R, grad_act, again=True)
+        grad_fc2 = weights(grad_TH, act_RF, ends_E, grad_source_R=tokens_R)
+        grad_hidden = grad_hidden.flatten(1, 2)
+        grad_fc1 = weights(grad_hidden, x_TH, ends_E, x_source_R=tokens_R).view(fc1_E2FH.shape)
+        grad_rows = rows(grad_hidden, fc1_E2FH.flatten(1, 2), ends_E)
+        grad_probs = grad_probs.index_select(0, ctx.rows_TK.reshape(-1)).view(ctx.rows_TK.shape)
+        return collect(grad_rows, ctx.rows_TK), grad_probs, grad_fc1, grad_fc2, None, None
+
+
+def routed_experts(
+    x_TH: Tensor,
+    probs_TK: Tensor,
+    fc1_E2FH: Tensor,
+    fc2_EHF: Tensor,
+    order: Order,
+    products: Products,
+) -> Tensor:
+    """[T, H]: sum over k of prob[t, k] * fc2(swiglu(fc1 x[t])) of expert k; every slot of `order`
+    is kept (dropless). Equals `reference.routed_experts`.
+    """
+    return _RoutedExperts.apply(x_TH, probs_TK, fc1_E2FH, fc2_EHF, order, products)
