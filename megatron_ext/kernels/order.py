@@ -31,10 +31,24 @@ def sort_key_dtype(num_experts: int) -> torch.dtype:
 
 
 def order_of(experts_TK: Tensor, counts_E: Tensor) -> Order:
-    """Stable order of the slots by expert; `counts` is how often each expert is in `experts`."""
-    flat = experts_TK.reshape(-1).to(sort_key_dtype(counts_E.shape[0]))
+    """Stable order of the slots by expert; `counts` is how often each expert is in `experts`.
+
+    An expert of E stands for a dropped assignment: its row is -1 and lies behind ends[-1].
+    """
+    flat = experts_TK.reshape(-1).to(sort_key_dtype(counts_E.shape[0] + 1))
     slots = torch.sort(flat, stable=True).indices
     rows = torch.empty(slots.shape, dtype=torch.int32, device=slots.device)
     rows[slots] = torch.arange(slots.shape[0], dtype=torch.int32, device=slots.device)
     ends = torch.cumsum(counts_E, 0, dtype=torch.int32)
-    return Order(slots.to(torch.int32), rows.view(experts_TK.shape), ends)
+    rows = rows.view(experts_TK.shape).masked_fill_(experts_TK == counts_E.shape[0], -1)
+    return Order(slots.to(torch.int32), rows, ends)
+
+
+def experts_of_map(map_TE: Tensor, probs_TE: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(experts [T, K] with E for what was dropped, probs [T, K], counts [E]) of a bool map with at
+    most K experts for a token; no value is read by the host, as `nonzero` would.
+    """
+    kept_TK, experts_TK = map_TE.to(torch.int8).topk(topk, dim=1)
+    probs_TK = probs_TE.gather(1, experts_TK)
+    counts_E = map_TE.sum(dim=0)
+    return experts_TK.masked_fill(kept_TK == 0, map_TE.shape[1]), probs_TK, counts_E

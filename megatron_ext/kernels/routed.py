@@ -61,33 +61,42 @@ TRITON = Products(rows_times_weights, weight_gradient)
 GROUPED_MM = Products(_torch_rows, _torch_weights)
 
 
-class _RoutedExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TH, probs_TK, fc1_E2FH, fc2_EHF, order, products):
-        topk = probs_TK.shape[1]
-        tokens_R = order.slots_R // topk
-        probs_R = probs_TK.reshape(-1).index_select(0, order.slots_R)
-        hidden = products.rows(x_TH, fc1_E2FH.flatten(1, 2).transpose(1, 2), order.ends_E, tokens_R)
-        hidden_R2F = hidden.unflatten(1, fc1_E2FH.shape[1:3])
-        act_RF = swiglu_forward(hidden_R2F, probs_R)
-        y_RH = products.rows(act_RF, fc2_EHF.transpose(1, 2), order.ends_E)
-        ctx.products, ctx.ends_E, ctx.rows_TK = products, order.ends_E, order.rows_TK
-        ctx.save_for_backward(x_TH, probs_R, hidden_R2F, fc1_E2FH, fc2_EHF, tokens_R)
-        return collect(y_RH, order.rows_TK)
+class _Experts(torch.autograd.Function):
+    """With an order: tokens to tokens; without: sorted rows to sorted rows, not weighted."""
 
     @staticmethod
-    def backward(ctx, grad_TH):
-        x_TH, probs_R, hidden_R2F, fc1_E2FH, fc2_EHF, tokens_R = ctx.saved_tensors
+    def forward(ctx, x, probs_TK, fc1_E2FH, fc2_EHF, ends_E, order, products):
+        tokens_R, rows_TK = None, None
+        if order is None:
+            probs_R = torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
+        else:
+            rows_TK, tokens_R = order.rows_TK, order.slots_R // probs_TK.shape[1]
+            probs_R = probs_TK.reshape(-1).index_select(0, order.slots_R)
+        hidden = products.rows(x, fc1_E2FH.flatten(1, 2).transpose(1, 2), ends_E, tokens_R)
+        hidden_R2F = hidden.unflatten(1, fc1_E2FH.shape[1:3])
+        act_RF = swiglu_forward(hidden_R2F, probs_R)
+        y_RH = products.rows(act_RF, fc2_EHF.transpose(1, 2), ends_E)
+        ctx.products, ctx.ends_E, ctx.rows_TK = products, ends_E, rows_TK
+        ctx.save_for_backward(x, probs_R, hidden_R2F, fc1_E2FH, fc2_EHF, tokens_R)
+        return y_RH if order is None else collect(y_RH, rows_TK)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, probs_R, hidden_R2F, fc1_E2FH, fc2_EHF, tokens_R = ctx.saved_tensors
         rows, weights, ends_E = ctx.products.rows, ctx.products.weights, ctx.ends_E
-        grad_TH = grad_TH.contiguous()
-        grad_act = rows(grad_TH, fc2_EHF, ends_E, tokens_R)
+        grad = grad.contiguous()
+        grad_act = rows(grad, fc2_EHF, ends_E, tokens_R)
         grad_hidden, grad_probs, act_RF = swiglu_backward(hidden_R2F, probs_R, grad_act, again=True)
-        grad_fc2 = weights(grad_TH, act_RF, ends_E, grad_source_R=tokens_R)
+        grad_fc2 = weights(grad, act_RF, ends_E, grad_source_R=tokens_R)
         grad_hidden = grad_hidden.flatten(1, 2)
-        grad_fc1 = weights(grad_hidden, x_TH, ends_E, x_source_R=tokens_R).view(fc1_E2FH.shape)
-        grad_rows = rows(grad_hidden, fc1_E2FH.flatten(1, 2), ends_E)
-        grad_probs = grad_probs.index_select(0, ctx.rows_TK.reshape(-1)).view(ctx.rows_TK.shape)
-        return collect(grad_rows, ctx.rows_TK), grad_probs, grad_fc1, grad_fc2, None, None
+        grad_fc1 = weights(grad_hidden, x, ends_E, x_source_R=tokens_R).view(fc1_E2FH.shape)
+        grad_x = rows(grad_hidden, fc1_E2FH.flatten(1, 2), ends_E)
+        if ctx.rows_TK is None:
+            return grad_x, None, grad_fc1, grad_fc2, None, None, None
+        flat = ctx.rows_TK.reshape(-1)
+        grad_probs = grad_probs.index_select(0, flat.clamp(min=0)).masked_fill(flat < 0, 0)
+        grad_probs = grad_probs.view(ctx.rows_TK.shape)
+        return collect(grad_x, ctx.rows_TK), grad_probs, grad_fc1, grad_fc2, None, None, None
 
 
 def routed_experts(
@@ -98,7 +107,16 @@ def routed_experts(
     order: Order,
     products: Products,
 ) -> Tensor:
-    """[T, H]: sum over k of prob[t, k] * fc2(swiglu(fc1 x[t])) of expert k; every slot of `order`
-    is kept (dropless). Equals `reference.routed_experts`.
+    """[T, H]: sum over k of prob[t, k] * fc2(swiglu(fc1 x[t])) of expert k. Equals
+    `reference.routed_experts`.
     """
-    return _RoutedExperts.apply(x_TH, probs_TK, fc1_E2FH, fc2_EHF, order, products)
+    return _Experts.apply(x_TH, probs_TK, fc1_E2FH, fc2_EHF, order.ends_E, order, products)
+
+
+def sorted_experts(
+    x_RH: Tensor, fc1_E2FH: Tensor, fc2_EHF: Tensor, ends_E: Tensor, products: Products
+) -> Tensor:
+    """[R, H]: fc2(swiglu(fc1 x[r])) of each row's expert, not weighted, for rows sorted by expert:
+    what a rank does with rows that came from others.
+    """
+    return _Experts.apply(x_RH, None, fc1_E2FH, fc2_EHF, ends_E, None, products)
