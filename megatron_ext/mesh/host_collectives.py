@@ -72,16 +72,18 @@ def all_to_all(channel: Channel, outputs: Sequence[Tensor], inputs: Sequence[Ten
     me, peers = channel.rank, channel.peers
     outs, ins = [_bytes(one) for one in outputs], [_bytes(one) for one in inputs]
     steps = {peer: _steps(channel, ins[peer].numel(), outs[peer].numel()) for peer in peers}
+    told = {peer: channel.token("all_to_all", ins[peer].numel()) for peer in peers}
+    heard = {peer: channel.token("all_to_all", outs[peer].numel()) for peer in peers}
     for step in range(max(steps.values()) + 1):
         for peer in peers:
             if step < steps[peer]:
                 _write(channel, channel.slot(me, peer), ins[peer], step)
-                channel.tell(peer, b"a")
+                channel.tell(peer, told[peer])
         if step == 0:
             outs[me].copy_(ins[me])
         for peer in peers:
             if 0 < step <= steps[peer]:
-                channel.hear(peer, b"a")
+                channel.hear(peer, heard[peer])
                 _read(channel, channel.slot(peer, me), outs[peer], step - 1)
 
 
@@ -94,17 +96,18 @@ def reduce_scatter(
     me, peers = channel.rank, channel.peers
     ins = [_bytes(one) for one in inputs]
     steps = _steps(channel, *(one.numel() for one in ins))
+    token = channel.token("reduce_scatter", sum(one.numel() for one in ins))
     per_step = channel.chunk_bytes // output.element_size()
     for step in range(steps + 1):
         for peer in peers if step < steps else ():
             _write(channel, channel.slot(me, peer), ins[peer], step)
-            channel.tell(peer, b"s")
+            channel.tell(peer, token)
         if step == 0:
             continue
         mine = slice((step - 1) * per_step, step * per_step)
         target, terms = output[mine], {me: inputs[me][mine]}
         for peer in peers:
-            channel.hear(peer, b"s")
+            channel.hear(peer, token)
             terms[peer] = channel.slot(peer, me).view(output.dtype)[: target.numel()]
         sum_in_order(target, [terms[rank] for rank in range(channel.size)], divisor)
 
@@ -113,18 +116,19 @@ def all_gather(channel: Channel, outputs: Sequence[Tensor], mine: Tensor) -> Non
     """outputs[i] = what rank i has as `mine`, which may be this rank's outputs[rank]."""
     me, peers = channel.rank, channel.peers
     source, outs = _bytes(mine), [_bytes(one) for one in outputs]
+    token = channel.token("all_gather", sum(one.numel() for one in outs))
     steps = _steps(channel, *(one.numel() for one in outs))
     for step in range(steps + 1):
         if step < steps:
             _write(channel, channel.slot(me, me), source, step)
             for peer in peers:
-                channel.tell(peer, b"g")
+                channel.tell(peer, token)
         if step == 0:
             if outs[me].data_ptr() != source.data_ptr():
                 outs[me].copy_(source)
             continue
         for peer in peers:
-            channel.hear(peer, b"g")
+            channel.hear(peer, token)
             _read(channel, channel.slot(peer, peer), outs[peer], step - 1)
 
 
@@ -140,14 +144,14 @@ def all_reduce(channel: Channel, tensor: Tensor, divisor: int = 1) -> None:
 
 
 def _all_reduce_small(channel: Channel, tensor: Tensor, divisor: int) -> None:
-    me, size = channel.rank, tensor.numel()
+    me, num_bytes = channel.rank, tensor.numel() * tensor.element_size()
+    token = channel.token("all_reduce", num_bytes)
     _write(channel, channel.slot(me, me), _bytes(tensor), 0)
     for peer in channel.peers:
-        channel.tell(peer, b"r")
+        channel.tell(peer, token)
     terms = {me: tensor}
     for peer in channel.peers:
-        channel.hear(peer, b"r")
-        num_bytes = size * tensor.element_size()
+        channel.hear(peer, token)
         terms[peer] = channel.slot(peer, peer)[:num_bytes].view(tensor.dtype)
     sum_in_order(tensor, [terms[rank] for rank in range(channel.size)], divisor)
 
@@ -156,15 +160,15 @@ def broadcast(channel: Channel, tensor: Tensor, root: int) -> None:
     """tensor = that of rank `root`."""
     me, whole = channel.rank, _bytes(tensor)
     others = channel.peers if me == root else [root]
-    steps = _steps(channel, whole.numel())
+    token, steps = channel.token("broadcast", whole.numel()), _steps(channel, whole.numel())
     for step in range(steps + 1):
         if step < steps:
             if me == root:
                 _write(channel, channel.slot(me, me), whole, step)
             for peer in others:
-                channel.tell(peer, b"b")
+                channel.tell(peer, token)
         if step > 0:
             for peer in others:
-                channel.hear(peer, b"b")
+                channel.hear(peer, token)
             if me != root:
                 _read(channel, channel.slot(root, root), whole, step - 1)

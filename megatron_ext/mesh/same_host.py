@@ -9,8 +9,8 @@ others through the wires, which are abstract unix sockets; the kernel frees both
     wires    rank i connects to every rank below it and proves who it is
     memory   [source, destination, SLOTS, chunk] bytes. Source r writes its pieces for d to (r, d),
              and what is for everybody to (r, r)
-    tokens   "the next slot is filled" is one byte on the wire: it names the collective, a wait for
-             it ends with an error when the peer dies or the time of collectives is over
+    tokens   "the next slot is filled" is four bytes on the wire that stand for the collective; a
+             wait for it ends with an error when the peer dies or the time of collectives is over
 
 A rank writes slot k + 1 before it waits for the peers' slot k, so that it seldom sleeps. That needs
 four slots: having heard of a peer's k, it knows that the peer has read k - 2.
@@ -26,6 +26,7 @@ import socket
 import struct
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -38,12 +39,17 @@ SLOT_BYTES = 1 << 20
 MAX_RANKS = 16
 SPIN_S = 50e-6
 """How long a rank looks for a token before it sleeps; waking up takes about as long."""
-_TOKEN = struct.Struct("<i16s")  # rank and its secret
+_CALLER = struct.Struct("<i16s")  # rank and its secret
+_MARK_BYTES = 4  # of a token
 _MEETING_S = 30.0
 
 
 class Channel:
-    """The memory and the wires of the ranks of one group, seen from `rank`."""
+    """The memory and the wires of some ranks, seen from `rank` of them.
+
+    `group` is the name of the process group that a collective is of: those with the same ranks
+    share a channel.
+    """
 
     def __init__(
         self,
@@ -53,7 +59,7 @@ class Channel:
         wires: dict[int, socket.socket],
         wait_s: float,
     ) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.group = rank, size, ""
         self.peers = [(rank + step) % size for step in range(1, size)]
         self.chunk_bytes = chunk_bytes(size)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
@@ -67,47 +73,50 @@ class Channel:
         step = self._next[source, destination] = self._next.get((source, destination), -1) + 1
         return self._slots[source, destination, step % SLOTS]
 
-    def tell(self, peer: int, op: bytes) -> None:
-        """This rank has filled its next slot of collective `op` (one byte) for `peer`."""
+    def token(self, op: str, num_bytes: int) -> bytes:
+        """What says on the wire that a slot of this collective of `self.group` is filled."""
+        return zlib.crc32(f"{self.group} {op} {num_bytes}".encode()).to_bytes(_MARK_BYTES, "little")
+
+    def tell(self, peer: int, token: bytes) -> None:
+        """This rank has filled its next slot for `peer`."""
         try:
-            self._wires[peer].send(op)
+            self._wires[peer].send(token)
         except (BrokenPipeError, ConnectionResetError):
             raise self._closed(peer) from None
 
-    def hear(self, peer: int, op: bytes) -> None:
-        """Wait until `peer` has told its next slot of collective `op`."""
-        heard = self._heard[peer]
-        if not heard:
-            self._listen(peer, heard)
-        told = heard.pop(0)
-        if told != op[0]:
-            raise RuntimeError(
-                f"gloo through shared memory: rank {self.rank} of the group is in"
-                f" {op.decode()!r}, rank {peer} in {chr(told)!r}"
-            )
+    def hear(self, peer: int, token: bytes) -> None:
+        """Wait until `peer` has told its next slot of the same collective.
 
-    def _listen(self, peer: int, heard: bytearray) -> None:
-        wire, start = self._wires[peer], time.perf_counter()
-        while True:
-            try:
-                got = wire.recv(64)
-            except BlockingIOError:
-                if time.perf_counter() - start < SPIN_S:
-                    os.sched_yield()
-                else:
-                    self._sleep(peer, start + self._wait_s)
-                continue
-            except ConnectionResetError:
-                got = b""
-            if not got:
-                raise self._closed(peer)
-            heard += got
+        If it is in another one (a rank skipped a call) this waits as two groups of gloo would, so
+        that whoever watches over hangs can name it.
+        """
+        heard, start = self._heard[peer], time.perf_counter()
+        while len(heard) < _MARK_BYTES:
+            self._listen(peer, heard, start)
+        if heard[:_MARK_BYTES] != token:
+            self._sleep(peer, start + self._wait_s, select.POLLRDHUP)
+            raise self._closed(peer)
+        del heard[:_MARK_BYTES]
+
+    def _listen(self, peer: int, heard: bytearray, start: float) -> None:
+        try:
+            got = self._wires[peer].recv(64)
+        except BlockingIOError:
+            if time.perf_counter() - start < SPIN_S:
+                os.sched_yield()
+            else:
+                self._sleep(peer, start + self._wait_s, select.POLLIN)
             return
+        except ConnectionResetError:
+            got = b""
+        if not got:
+            raise self._closed(peer)
+        heard += got
 
-    def _sleep(self, peer: int, until: float) -> None:
+    def _sleep(self, peer: int, until: float, event: int) -> None:
         left = until - time.perf_counter()
         poll = select.poll()
-        poll.register(self._wires[peer], select.POLLIN)
+        poll.register(self._wires[peer], event)
         if left <= 0 or not poll.poll(1000 * left):
             raise RuntimeError(
                 f"gloo through shared memory: Timed out waiting {self._wait_s:.0f} s for rank"
@@ -121,8 +130,12 @@ class Channel:
 
     def close(self) -> None:
         """Hang up; the memory goes with the last rank's view of it."""
-        for wire in self._wires.values():
-            wire.close()
+        _hang_up(self._wires)
+
+
+def _hang_up(wires: dict[int, socket.socket]) -> None:
+    for wire in wires.values():
+        wire.close()
 
 
 def chunk_bytes(size: int) -> int:
@@ -150,11 +163,11 @@ def _meet(rank: int, secrets: Sequence[bytes], listener: socket.socket) -> dict[
         wires[peer] = wire = socket.socket(socket.AF_UNIX)
         wire.settimeout(_MEETING_S)
         wire.connect(_address(secrets[peer]))
-        wire.sendall(_TOKEN.pack(rank, secrets[rank]))
+        wire.sendall(_CALLER.pack(rank, secrets[rank]))
     while len(wires) < len(secrets) - 1:
         wire, _ = listener.accept()
         wire.settimeout(_MEETING_S)
-        peer, secret = _TOKEN.unpack(wire.recv(_TOKEN.size, socket.MSG_WAITALL))
+        peer, secret = _CALLER.unpack(wire.recv(_CALLER.size, socket.MSG_WAITALL))
         if rank < peer < len(secrets) and secret == secrets[peer]:
             wires[peer] = wire
         else:
@@ -176,7 +189,8 @@ def _shared_memory(rank: int, size: int, wires: dict[int, socket.socket]) -> mma
             raise OSError("rank 0 of the group has no memory to share")
         file = files[0]
     try:
-        return mmap.mmap(file, num_bytes)
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # no page faults in the first collectives
+        return mmap.mmap(file, num_bytes, flags=flags)
     finally:
         os.close(file)
 
@@ -203,9 +217,9 @@ def open_channel(
             wires = _meet(rank, [one[32:] for one in everyone], listener)
             memory = _shared_memory(rank, size, wires)
         except OSError:
-            for wire in wires.values():
-                wire.close()
+            _hang_up(wires)  # the others wait for it
     if not all(one[0] for one in gather(bytes([memory is not None]) * 48)):
+        _hang_up(wires)
         return None
     for wire in wires.values():
         wire.setblocking(False)

@@ -16,7 +16,7 @@ from megatron_ext.mesh.calls import listening
 from megatron_ext.mesh.gloo_collectives import faster
 from tests.ranks.harness import RanksFailedError, next_port, run_ranks
 
-SIZES = (1, 63, 4099, 70_001)
+SIZES = (1, 63, 4099, 300_001)
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 
 
@@ -95,6 +95,7 @@ def compare() -> dict[str, float]:
     plain, worst = everything(rank, size), {}
     for kind in ("shared", "messages"):
         with faster(kind, 60.0):
+            gloo_collectives.LARGE_GATHER_BYTES = gloo_collectives.LARGE_BROADCAST_BYTES = 4096
             made = everything(rank, size)
             again = everything(rank, size)
         assert all(torch.equal(made[name], again[name]) for name in made)
@@ -259,6 +260,26 @@ def test_a_rank_that_dies_ends_the_wait():
 def test_a_rank_that_does_not_come_is_named():
     told = run_ranks(lose, 2, "sleeps")[0]
     assert "Timed out waiting 2 s for rank 1" in told
+
+
+def skip_one() -> str:
+    """Rank 1 leaves out a call of one group and goes on in another of the same ranks."""
+    rank, _ = start()
+    other = dist.new_group()
+    with faster("shared", 2.0):
+        dist.all_reduce(torch.ones(10))
+        if rank == 0:
+            dist.all_reduce(torch.ones(10))
+        try:
+            dist.all_reduce(torch.ones(10), group=other)
+        except RuntimeError as error:
+            return str(error)
+    return "nothing"
+
+
+def test_a_skipped_call_is_waited_for_and_no_other_is_taken_for_it():
+    with pytest.raises(RanksFailedError, match="gloo through shared memory: .*rank 1 of the group"):
+        run_ranks(skip_one, 2)
 
 
 def from_a_thread() -> float:
