@@ -30,7 +30,6 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
@@ -39,6 +38,7 @@ from megatron_ext.model.attention import CoreAttention
 from megatron_ext.model.head_norm import HeadsNorm
 from megatron_ext.model.latent_attention import LatentAttention
 from megatron_ext.model.norm import Norm
+from megatron_ext.model.transformer_layer import TransformerLayer
 from megatron_ext.moe.experts import GroupedExperts
 from megatron_ext.moe.router import Router, RouterOptions
 

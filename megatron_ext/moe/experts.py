@@ -8,6 +8,8 @@ axis, so one checkpoint entry covers all experts whatever ep and etp are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -16,9 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_ext.device import current_device
-
-ROW_MULTIPLE = 32
-"""Rows that an expert's block is rounded up to on a CPU."""
+from megatron_ext.moe.feed_forward import ROW_MULTIPLE, block_rows, swiglu_experts
 
 
 def grouped_linear(x_TK: Tensor, weight_eNK: Tensor, offsets_e: Tensor) -> Tensor:
@@ -64,6 +64,7 @@ class GroupedExperts(MegatronModule):
     def __init__(self, num_local_experts: int, config, pg_collection=None) -> None:
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
+        self.groups = pg_collection
         self.ep_group, self.etp_group = pg_collection.ep, pg_collection.expt_tp
         self.edp_group = pg_collection.expt_dp
         self.num_gates = 2 if config.gated_linear_unit else 1
@@ -83,6 +84,13 @@ class GroupedExperts(MegatronModule):
         self.recompute_activation = (
             config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
         )
+        self.is_plain_swiglu = (
+            config.gated_linear_unit
+            and config.activation_func is F.silu
+            and config.activation_func_clamp_value is None
+            and config.glu_linear_offset == 0
+            and not config.add_bias_linear
+        )
 
     def _parameter(self, shape: tuple[int, ...], split_dim: int) -> nn.Parameter:
         """An uninitialised expert parameter, split over etp along `split_dim`."""
@@ -96,8 +104,16 @@ class GroupedExperts(MegatronModule):
         parameter.partition_dim, parameter.partition_stride = split_dim, 1
         return parameter
 
-    def _activate(self, hidden_TgF: Tensor, probs_T: Tensor) -> Tensor:
-        """[T, g, F] and the routing weights [T] -> [T, F] in the dtype of the hidden state."""
+    def block_rows(self, counts: Sequence[int]) -> list[int]:
+        """Rows of each local expert's block on a CPU, for `counts` tokens of each."""
+        matrices = self.num_gates + 1
+        width, hidden = self.fc2_weight.shape[2], self.fc2_weight.shape[1]
+        return block_rows(counts, 2.0 * matrices * width * hidden)
+
+    def _activate(self, hidden_TgF: Tensor, probs_T: Tensor | None) -> Tensor:
+        """[T, g, F] and the routing weights [T] (None: not weighted) -> [T, F] in the dtype of the
+        hidden state.
+        """
         config = self.config
         if config.gated_linear_unit:
             gate, up = hidden_TgF.unbind(1)
@@ -107,10 +123,16 @@ class GroupedExperts(MegatronModule):
             out = config.activation_func(gate) * (up + config.glu_linear_offset)
         else:
             out = config.activation_func(hidden_TgF.squeeze(1))
-        return (out * probs_T.unsqueeze(-1)).to(hidden_TgF.dtype)
+        return out if probs_T is None else (out * probs_T.unsqueeze(-1)).to(hidden_TgF.dtype)
 
-    def forward(self, x_TH: Tensor, tokens_per_expert: Tensor, probs_T: Tensor):
-        """Tokens sorted by local expert [T, H] -> ([T, H], None); partial sums over etp."""
+    def forward(self, x_TH: Tensor, tokens_per_expert: Tensor, probs_T: Tensor | None):
+        """Tokens sorted by local expert [T, H] -> ([T, H], None); partial sums over etp.
+
+        With probs None rows lie in blocks already (`block_rows`, of which `tokens_per_expert` are
+        the sizes) and the result is not weighted: `SortedDispatcher` does both.
+        """
+        if probs_T is None:
+            return self._of_blocks(x_TH, tokens_per_expert), None
         if self.config.moe_apply_probs_on_input:
             x_TH = (x_TH * probs_T.unsqueeze(-1)).to(x_TH.dtype)
             probs_T = torch.ones_like(probs_T)
@@ -125,7 +147,15 @@ class GroupedExperts(MegatronModule):
         blocks = torch.diff(ends.long(), prepend=ends.new_zeros(1).long())
         return self._compute(x_PH, blocks, ends, probs_P).index_select(0, places), None
 
-    def _compute(self, x_TH: Tensor, counts: Tensor, offsets: Tensor, probs_T: Tensor) -> Tensor:
+    def _of_blocks(self, x_PH: Tensor, rows_e: Tensor) -> Tensor:
+        """[P, H] -> [P, H]; rows [e]."""
+        if self.is_plain_swiglu and x_PH.device.type == "cpu":
+            return swiglu_experts(x_PH, self.fc1_weight, self.fc2_weight, rows_e.tolist())
+        return self._compute(x_PH, rows_e, torch.cumsum(rows_e, 0, dtype=torch.int32), None)
+
+    def _compute(
+        self, x_TH: Tensor, counts: Tensor, offsets: Tensor, probs_T: Tensor | None
+    ) -> Tensor:
         """fc1, activation times routing weight, fc2 for blocks of `counts` rows that end at
         `offsets`.
         """
@@ -142,7 +172,8 @@ class GroupedExperts(MegatronModule):
             out = grouped_linear(self._activate(hidden, probs_T), fc2, offsets)
         if self.fc2_bias is not None:
             bias_TH = self.fc2_bias.repeat_interleave(counts, dim=0)
-            out = out + (bias_TH * probs_T.unsqueeze(-1)).to(out.dtype)
+            weighted = bias_TH if probs_T is None else (bias_TH * probs_T.unsqueeze(-1))
+            out = out + weighted.to(out.dtype)
         return out
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
