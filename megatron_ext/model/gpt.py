@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
@@ -27,6 +26,7 @@ from megatron_ext.config import RunConfig
 from megatron_ext.device import current_device
 from megatron_ext.errors import ConfigError
 from megatron_ext.model import layers, run_config, vocab
+from megatron_ext.model.gradients import WrittenGradients
 from megatron_ext.model.initialise import Recorder, initialise
 from megatron_ext.moe.router import RouterOptions
 
@@ -148,13 +148,13 @@ def build_chunks(cfg: RunConfig, words: Vocabulary) -> list[nn.Module]:
     return chunks
 
 
-def wrap_for_training(cfg: RunConfig, chunks: Sequence[nn.Module]) -> list[DistributedDataParallel]:
+def wrap_for_training(cfg: RunConfig, chunks: Sequence[nn.Module]) -> list[WrittenGradients]:
     """Each chunk in megatron-core's DDP, which owns its gradient buffers and their reduction over
     dp (and edp).
     """
     overlap_step = cfg.optimizer.overlap_param_gather_with_optimizer_step
     return [
-        DistributedDataParallel(
+        WrittenGradients(
             config=chunk.config,
             ddp_config=run_config.ddp_config(cfg),
             module=chunk,

@@ -10,23 +10,56 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+import torch
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    DistributedOptimizer,
+    MegatronOptimizer,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_ext.config import RunConfig
 from megatron_ext.model.run_config import optimizer_config
+from megatron_ext.optim.adam import TiledAdam
+from megatron_ext.optim.norm import Chain
 
 
 def build_optimizer(cfg: RunConfig, chunks: Sequence[nn.Module]) -> MegatronOptimizer:
     """megatron-core's optimizer; weight decay skips biases and one-dimensional weights, as
     Megatron-LM does.
     """
-    return get_megatron_optimizer(
+    chain = get_megatron_optimizer(
         optimizer_config(cfg),
         list(chunks),
         use_gloo_process_groups=cfg.parallel.enable_gloo_process_groups,
     )
+    assert type(chain) is ChainedOptimizer, f"{type(chain).__name__} has its own step"
+    for leaf in chain.chained_optimizers:
+        if type(leaf.optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+            _update_in_one_pass(leaf)
+    return Chain(chain.chained_optimizers)
+
+
+def _copies(leaf: MegatronOptimizer) -> dict[Tensor, Tensor]:
+    """fp32 master -> the 16-bit weight (or the distributed optimizer's shard of it) that follows
+    it.
+    """
+    if isinstance(leaf, FP32Optimizer):
+        return {}
+    is_sharded = isinstance(leaf, DistributedOptimizer)
+    weights = leaf.shard_float16_groups if is_sharded else leaf.float16_groups
+    masters = leaf.shard_fp32_from_float16_groups if is_sharded else leaf.fp32_from_float16_groups
+    pairs = [pair for group in zip(masters, weights) for pair in zip(*group)]
+    return dict(pairs)
+
+
+def _update_in_one_pass(leaf: MegatronOptimizer) -> None:
+    """torch's Adam of an optimizer becomes ours, which also writes the weights of the model."""
+    leaf.optimizer = TiledAdam.instead_of(leaf.optimizer, _copies(leaf))
+    leaf._copy_main_params_to_model_params = lambda: None  # done, tile by tile
 
 
 def _lengths(cfg: RunConfig) -> tuple[int, int, int | None]:

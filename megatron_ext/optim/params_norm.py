@@ -7,11 +7,10 @@ from collections.abc import Iterable
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.module import param_is_not_shared
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_ext.device import current_device
-
-BLOCK = 1 << 16
+from megatron_ext.optim.norm import sum_of_squares
 
 
 def _copies(parameter: nn.Parameter) -> int:
@@ -23,16 +22,6 @@ def _copies(parameter: nn.Parameter) -> int:
     return copies if is_split else copies * parallel_state.get_tensor_model_parallel_world_size()
 
 
-def sum_of_squares(weight: Tensor) -> Tensor:
-    """float64 scalar. On a CPU in blocks that stay in its cache: 18M bf16 weights in 4 ms, against
-    14 ms as a float64 norm and 68 ms by way of a float32 copy.
-    """
-    if weight.device.type != "cpu":
-        return torch.linalg.vector_norm(weight, dtype=torch.float64).square()
-    blocks = (block.float() for block in weight.flatten().split(BLOCK))
-    return torch.stack([torch.dot(block, block) for block in blocks]).sum(dtype=torch.float64)
-
-
 @torch.no_grad()
 def params_norm(chunks: Iterable[nn.Module]) -> float:
     """sqrt of the sum of the squares of every weight once; one all-reduce over all ranks. The
@@ -42,6 +31,6 @@ def params_norm(chunks: Iterable[nn.Module]) -> float:
     for chunk in chunks:
         for parameter in chunk.parameters():
             if param_is_not_shared(parameter):
-                total += sum_of_squares(parameter.detach()) / _copies(parameter)
+                total += sum_of_squares([parameter.detach()]) / _copies(parameter)
     torch.distributed.all_reduce(total)
     return float(total.sqrt())

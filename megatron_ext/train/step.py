@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from megatron_ext.config import RunConfig
 from megatron_ext.context import zigzag
 from megatron_ext.device import current_device
+from megatron_ext.model.gradients import averaged_loss
 from megatron_ext.moe.close_look import CloseLook, close_look
 from megatron_ext.moe.global_counts import counting, forget
 from megatron_ext.moe.stats import RoutingRecord, collect
@@ -132,7 +133,7 @@ def forward_step(batches: Iterator, model: nn.Module, *_, num_domains: int = 0):
 def prepare_config(config, optimizer, chunks: Sequence[nn.Module], ddp_config) -> None:
     """Hand megatron-core's schedule the functions that it calls around the micro-batches."""
     config.finalize_model_grads_func = then("all-reduce", finalize_model_grads)
-    config.grad_scale_func = optimizer.scale_loss
+    config.grad_scale_func = averaged_loss(chunks, optimizer.scale_loss, config.fp16)
     if ddp_config.overlap_grad_reduce:
         syncs = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
