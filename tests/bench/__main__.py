@@ -1,4 +1,13 @@
-"""python -m tests.bench NAME [options]: runs tests/bench/NAME.py."""
+"""python -m tests.bench TABLE [options]: runs tests/bench/TABLE.py; each has --help.
+
+step         the whole training step, ours and what people would use instead (--peers)
+layer        one MoE layer forward and backward, on a CPU or a GPU (--peers)
+collectives  collectives of gloo, plain and ours
+checkpoint   how long a save stops training, and how fast it reaches the disk
+data         the loader and the preparation of data
+start        imports, start, memory, and growth with experts, ranks and sequence
+observe      what watching costs
+"""
 
 from __future__ import annotations
 
@@ -8,14 +17,19 @@ from pathlib import Path
 
 from megatron_ext.device import start
 
+TABLES = ("step", "layer", "collectives", "checkpoint", "data", "start", "observe")
+OF_WORKERS = ("step", "layer")
+"""Their candidates are processes that choose a device for themselves."""
+
 
 def main(argv: list[str]) -> int:
     """Hand the options to the module of that name."""
-    names = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+    names = [name for name in TABLES if (Path(__file__).parent / f"{name}.py").exists()]
     if not argv or argv[0] not in names:
         print(f"usage: python -m tests.bench {{{','.join(names)}}} [options]", file=sys.stderr)
         return 64
-    start("cpu")  # before anything imports megatron-core
+    if argv[0] not in OF_WORKERS:
+        start("cpu")  # before anything imports megatron-core
     return import_module(f"tests.bench.{argv[0]}").main(argv[1:]) or 0
 
 

@@ -1,0 +1,100 @@
+"""The training step of a peer: forward, backward, AdamW; nothing else.
+
+bf16: weights and gradients in bf16, fp32 masters that the fused AdamW updates, copied back.
+fp32: weights, gradients and AdamW in fp32. No clipping, no logging but the loss.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.bench.gate import Gate
+from tests.bench.peers.catalogue import PEERS
+from tests.bench.shapes import Shape
+
+
+class MasterAdamW:
+    """Fused AdamW on fp32 copies of those parameters that are not fp32."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
+        self.low = [p for p in parameters if p.dtype != torch.float32]
+        self.masters = [p.detach().float() for p in self.low]
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        whole = [p for p in parameters if p.dtype == torch.float32]
+        self.adam = torch.optim.AdamW(
+            self.masters + whole, lr=lr, betas=(0.9, 0.999), weight_decay=0.1, fused=True
+        )
+        self.parameters = parameters
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update from .grad and forget it. A parameter without a gradient counts as one of 0."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.low]
+        if self.low:
+            torch._foreach_copy_([master.grad for master in self.masters], grads)
+        del grads
+        self.adam.step()
+        if self.low:
+            torch._foreach_copy_(self.low, self.masters)
+        for p in self.parameters:
+            p.grad = None
+
+
+def initialise(model: nn.Module, std: float = 0.02) -> nn.Module:
+    """The same module with matrices normal(0, std), as ours; vectors stay what they were."""
+    torch.manual_seed(1234)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.normal_(0.0, std)
+    return model
+
+
+def tune() -> None:
+    """What our trainer does to a CPU process before anything else (--tune-peers)."""
+    from megatron_ext.device.select import keep_large_blocks, medium_matmul_keeps_float32
+
+    keep_large_blocks()
+    if medium_matmul_keeps_float32():
+        torch.set_float32_matmul_precision("medium")
+
+
+def run(name: str, spec: dict[str, Any], gate: Gate) -> None:
+    """Train the peer with that label for ever, on the batches of spec["data"]."""
+    import numpy as np
+
+    torch.set_num_threads(int(spec["threads"]))
+    if spec.get("tune"):
+        tune()
+    shape = Shape(**spec["shape"])
+    peer = next(peer for peer in PEERS if peer.label == name)
+    module = import_module(f"tests.bench.peers.{peer.module}")
+    dtype = torch.bfloat16 if spec["dtype"] == "bf16" else torch.float32
+    model: nn.Module = module.model(peer.variant, shape, gate, dtype).train()
+    loss_of = torch.compile(model) if peer.is_compiled else model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = MasterAdamW(parameters, spec["lr"])
+    after = getattr(module, "after_step", None)
+    gate.facts["parameters"] = sum(p.numel() for p in parameters)
+    gate.facts.setdefault("note", module.NOTE)
+    batches = torch.from_numpy(np.load(spec["data"]))
+    step = 0
+    while True:
+        gate.step()
+        tokens: Tensor = batches[step % len(batches)]
+        loss, language = loss_of(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        loss.backward()
+        optimizer.step()
+        if after is not None:
+            after(model)
+        gate.loss(language.item())
+        step += 1
+        if math.isnan(language):
+            sys.exit("the loss is not a number")
