@@ -1,6 +1,6 @@
 """MB/s of one core for `python -m data.prepare`, with and without datatrove's executor.
 
-    python -m tests.bench.prepare [--repeat 5]
+    python -m tests.bench data --prepare [--rounds 5]
 
 Ways are run in turn, each on the texts of `python -m data.corpus` with a vocabulary of 4,096.  The
 figure is bytes of jsonl by CPU seconds of the process (one worker), start and tokenizer included,
@@ -9,9 +9,7 @@ so that a busy machine does not show; the median of the turns is printed.
 
 from __future__ import annotations
 
-import argparse
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,11 +32,8 @@ def cpu_seconds(command: list[str]) -> float:
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-def main() -> None:
-    """Prints MB/s of each way."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeat", type=int, default=5)
-    repeat = parser.parse_args().repeat
+def measure(repeat: int) -> dict[str, list[float]]:
+    """MB/s of each way in each turn."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = str(folder / "bpe.model")
@@ -55,11 +50,4 @@ def main() -> None:
             for number, (way, flags) in enumerate(WAYS.items()):
                 output = ["--output", str(folder / f"out-{turn}-{number}")]
                 found[way].append(megabytes / cpu_seconds([*base, *output, *flags]))
-    for way, speeds in found.items():
-        low, high = min(speeds), max(speeds)
-        middle = statistics.median(speeds)
-        print(f"{way}: {middle:.2f} MB/s a core ({low:.2f} to {high:.2f}, {repeat} turns)")
-
-
-if __name__ == "__main__":
-    main()
+    return found
