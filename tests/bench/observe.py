@@ -165,12 +165,13 @@ class Training:
         from megatron_ext.moe.stats import Tally
         from megatron_ext.train.step import StepSettings, train_step
 
-        stock, Tally.add_scores = Tally.add_scores, lambda *_: None
+        stock = Tally.add_scores, Tally.add_sums
+        Tally.add_scores = Tally.add_sums = lambda *_: None
         try:
             settings = StepSettings.of(self.cfg)
             train_step(self.run.state, self.micro_batches, settings, lambda: (False, False))
         finally:
-            Tally.add_scores = stock
+            Tally.add_scores, Tally.add_sums = stock
 
     def on(self) -> None:
         """A step with everything, as loop._take_step does it."""
