@@ -21,6 +21,7 @@ def pretrain(cfg: RunConfig, stop: StopRequest) -> None:
 
     device = start(cfg.parallel.device, cfg.parallel.distributed_backend)
 
+    from megatron_ext.kernels.choose import check_kernels
     from megatron_ext.mesh.agree import agree
     from megatron_ext.mesh.groups import process_groups
     from megatron_ext.model.gpt import build_chunks, vocabulary, wrap_for_training
@@ -28,6 +29,7 @@ def pretrain(cfg: RunConfig, stop: StopRequest) -> None:
     from megatron_ext.train import setup
     from megatron_ext.train.loop import Run, evaluate_at_end, train
 
+    check_kernels(cfg, device.kind)
     with process_groups(cfg.parallel, device, cfg.train.seed, setup.context_levels(cfg)):
         cfg, where = setup.run_directory(cfg)
         tokenizer = agree(lambda: setup.tokenizer(cfg))

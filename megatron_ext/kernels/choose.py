@@ -1,8 +1,11 @@
-"""Which kernels a layer gets: asked for by --moe-kernels, decided once when the layer is built.
+"""Whether a layer of experts runs on the kernels: --moe-kernels, decided once when it is built.
 
-auto    Triton on a CUDA device where Triton can be imported, else torch
-triton  Triton, or an error that says what is missing
-torch   index_select, embedding_bag and torch.nn.functional.grouped_mm everywhere
+torch   index_select, embedding_bag and torch.nn.functional.grouped_mm: the default
+triton  this package: gathers, grouped products, SwiGLU and sums of Triton
+
+Which is faster on a GPU is not measured; docs/performance.md has the command. What `triton` does
+not serve (biases, other activations and dispatchers, padding to capacity) is refused with the flags
+(config/checks/kernels.py), so that nobody trains on another road than the one asked for.
 """
 
 from __future__ import annotations
@@ -10,13 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
-import torch
-
 from megatron_ext.errors import ConfigError
-
-FEW_ROWS = 64
-"""Mean rows of an expert under which Triton's grouped product is taken: half a tile of CUTLASS's.
-Not measured."""
 
 
 def has_triton() -> bool:
@@ -25,37 +22,29 @@ def has_triton() -> bool:
 
 
 def uses_triton(asked: str, device_type: str) -> bool:
-    """True where the layer runs on the kernels; `asked` is --moe-kernels.
+    """True where the layer runs on the kernels; `asked` is --moe-kernels. A CPU has them only in
+    Triton's interpreter (TRITON_INTERPRET=1), for tests.
 
-    A CPU has them only in Triton's interpreter (TRITON_INTERPRET=1), for tests.
+    Raises ConfigError where Triton or the device for it is missing.
     """
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if asked == "triton":
-        if not has_triton():
-            raise ConfigError(
-                "--moe-kernels triton: Triton is not installed",
-                do="install a CUDA build of torch, which brings it, or use --moe-kernels auto",
-            )
-        if device_type == "cpu" and not is_interpreted:
-            raise ConfigError(
-                "--moe-kernels triton: there is no CUDA device to run them",
-                do="use --moe-kernels auto",
-            )
-        return True
-    return asked == "auto" and device_type == "cuda" and has_triton()
+    if asked != "triton":
+        return False
+    if not has_triton():
+        raise ConfigError(
+            "--moe-kernels triton needs Triton, which is not installed",
+            do="install a CUDA build of torch, which brings it, or use --moe-kernels torch",
+        )
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            f"--moe-kernels triton needs a CUDA device; this run's is {device_type}",
+            do="use --moe-kernels torch",
+        )
+    return True
 
 
-def grouped_mm_stays_on_device(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """torch's grouped_mm is one kernel for bf16 on compute capability 9 and 10; elsewhere it loops
-    over the experts and copies their offsets to the host (torch 2.10's GroupedBlas.cpp).
+def check_kernels(cfg, device_type: str) -> None:
+    """Raises ConfigError, on every rank and before groups are made, where the run that `cfg`
+    describes asks for kernels which this device does not have.
     """
-    return dtype == torch.bfloat16 and capability[0] in (9, 10)
-
-
-def product_kind(
-    asked: str, dtype: torch.dtype, capability: tuple[int, int], rows_per_expert: float
-) -> str:
-    """ "triton" or "grouped_mm", from shapes and types alone."""
-    if asked == "triton" or not grouped_mm_stays_on_device(dtype, capability):
-        return "triton"
-    return "triton" if rows_per_expert < FEW_ROWS else "grouped_mm"
+    if cfg.transformer.num_moe_experts is not None:
+        uses_triton(cfg.moe.moe_kernels, device_type)

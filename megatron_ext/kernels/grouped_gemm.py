@@ -49,6 +49,21 @@ SUM_BLOCK_R = 64
 """Step of the sum over an expert's rows, likewise."""
 
 
+@triton.jit
+def _tile_of(tile_m, ends, E, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(expert, first row of this tile, end of the expert's rows); expert E: no rows are left."""
+    experts = tl.arange(0, BLOCK_E)
+    expert_ends = tl.load(ends + experts, mask=experts < E, other=0)
+    expert_starts = tl.load(ends + experts - 1, mask=(experts > 0) & (experts < E), other=0)
+    tiles = tl.where(experts < E, tl.cdiv(expert_ends - expert_starts, BLOCK_M), 0)
+    tile_ends = tl.cumsum(tiles, axis=0)
+    expert = tl.sum((tile_ends <= tile_m).to(tl.int32), axis=0)
+    mine = experts == expert
+    tile_in_expert = tile_m - tl.sum(tl.where(mine, tile_ends - tiles, 0), axis=0)
+    first = tl.sum(tl.where(mine, expert_starts, 0), axis=0) + tile_in_expert * BLOCK_M
+    return expert, first, tl.sum(tl.where(mine, expert_ends, 0), axis=0)
+
+
 @tuned(_CONFIGS, key=["N", "K", "E", "ROWS_BUCKET"])
 @triton.jit
 def _rows_times_weights(
@@ -80,18 +95,9 @@ def _rows_times_weights(
     tile_m, tile_n = tl.swizzle2d(tile // tiles_n, tile % tiles_n, tiles_m, tiles_n, 8)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    experts = tl.arange(0, BLOCK_E)
-    expert_ends = tl.load(ends + experts, mask=experts < E, other=0)
-    expert_starts = tl.load(ends + experts - 1, mask=(experts > 0) & (experts < E), other=0)
-    tiles = tl.where(experts < E, tl.cdiv(expert_ends - expert_starts, BLOCK_M), 0)
-    tile_ends = tl.cumsum(tiles, axis=0)
-    expert = tl.sum((tile_ends <= tile_m).to(tl.int32), axis=0)
+    expert, first, last = _tile_of(tile_m, ends, E, BLOCK_E, BLOCK_M)
     if expert < E:
-        mine = experts == expert
-        first = tl.sum(tl.where(mine, expert_starts, 0), axis=0)
-        last = tl.sum(tl.where(mine, expert_ends, 0), axis=0)
-        tile_in_expert = tile_m - tl.sum(tl.where(mine, tile_ends - tiles, 0), axis=0)
-        m = first + tile_in_expert * BLOCK_M + tl.arange(0, BLOCK_M)
+        m = first + tl.arange(0, BLOCK_M)
         row = m.to(tl.int64)
         if GATHERED:
             row = tl.load(source + m, mask=m < last, other=0).to(tl.int64)

@@ -59,13 +59,14 @@ def _torch_weights(
 
 TRITON = Products(rows_times_weights, weight_gradient)
 GROUPED_MM = Products(_torch_rows, _torch_weights)
+"""torch's products between our kernels; tests and measurements use it."""
 
 
 class _Experts(torch.autograd.Function):
     """With an order: tokens to tokens; without: sorted rows to sorted rows, not weighted."""
 
     @staticmethod
-    def forward(ctx, x, probs_TK, fc1_E2FH, fc2_EHF, ends_E, order, products):
+    def forward(ctx, x, probs_TK, fc1_E2FH, fc2_EHF, ends_E, order, products, show):
         tokens_R, rows_TK = None, None
         if order is None:
             probs_R = torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
@@ -74,8 +75,10 @@ class _Experts(torch.autograd.Function):
             probs_R = probs_TK.reshape(-1).index_select(0, order.slots_R)
         hidden = products.rows(x, fc1_E2FH.flatten(1, 2).transpose(1, 2), ends_E, tokens_R)
         hidden_R2F = hidden.unflatten(1, fc1_E2FH.shape[1:3])
-        act_RF = swiglu_forward(hidden_R2F, probs_R)
+        act_RF = swiglu_forward(hidden_R2F, probs_R, ends_E)
         y_RH = products.rows(act_RF, fc2_EHF.transpose(1, 2), ends_E)
+        if show is not None:
+            show(y_RH)
         ctx.products, ctx.ends_E, ctx.rows_TK = products, ends_E, rows_TK
         ctx.save_for_backward(x, probs_R, hidden_R2F, fc1_E2FH, fc2_EHF, tokens_R)
         return y_RH if order is None else collect(y_RH, rows_TK)
@@ -86,17 +89,20 @@ class _Experts(torch.autograd.Function):
         rows, weights, ends_E = ctx.products.rows, ctx.products.weights, ctx.ends_E
         grad = grad.contiguous()
         grad_act = rows(grad, fc2_EHF, ends_E, tokens_R)
-        grad_hidden, grad_probs, act_RF = swiglu_backward(hidden_R2F, probs_R, grad_act, again=True)
+        grad_hidden, grad_probs, act_RF = swiglu_backward(
+            hidden_R2F, probs_R, grad_act, used=ends_E, again=True
+        )
         grad_fc2 = weights(grad, act_RF, ends_E, grad_source_R=tokens_R)
         grad_hidden = grad_hidden.flatten(1, 2)
         grad_fc1 = weights(grad_hidden, x, ends_E, x_source_R=tokens_R).view(fc1_E2FH.shape)
         grad_x = rows(grad_hidden, fc1_E2FH.flatten(1, 2), ends_E)
         if ctx.rows_TK is None:
-            return grad_x, None, grad_fc1, grad_fc2, None, None, None
+            return grad_x, None, grad_fc1, grad_fc2, None, None, None, None
         flat = ctx.rows_TK.reshape(-1)
         grad_probs = grad_probs.index_select(0, flat.clamp(min=0)).masked_fill(flat < 0, 0)
         grad_probs = grad_probs.view(ctx.rows_TK.shape)
-        return collect(grad_x, ctx.rows_TK), grad_probs, grad_fc1, grad_fc2, None, None, None
+        grad_x = collect(grad_x, ctx.rows_TK)
+        return grad_x, grad_probs, grad_fc1, grad_fc2, None, None, None, None
 
 
 def routed_experts(
@@ -106,11 +112,13 @@ def routed_experts(
     fc2_EHF: Tensor,
     order: Order,
     products: Products,
+    show: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """[T, H]: sum over k of prob[t, k] * fc2(swiglu(fc1 x[t])) of expert k. Equals
-    `reference.routed_experts`.
+    `reference.routed_experts`. `show` gets the rows [R, H] by expert before their sum; those behind
+    the last expert's are not written.
     """
-    return _Experts.apply(x_TH, probs_TK, fc1_E2FH, fc2_EHF, order.ends_E, order, products)
+    return _Experts.apply(x_TH, probs_TK, fc1_E2FH, fc2_EHF, order.ends_E, order, products, show)
 
 
 def sorted_experts(
@@ -119,4 +127,4 @@ def sorted_experts(
     """[R, H]: fc2(swiglu(fc1 x[r])) of each row's expert, not weighted, for rows sorted by expert:
     what a rank does with rows that came from others.
     """
-    return _Experts.apply(x_RH, None, fc1_E2FH, fc2_EHF, ends_E, None, products)
+    return _Experts.apply(x_RH, None, fc1_E2FH, fc2_EHF, ends_E, None, products, None)

@@ -3,7 +3,8 @@
 Saved for the backward pass are the gate and up projections and the probabilities only. The backward
 kernel writes d(gate, up), the probability's gradient, and, where asked, the output once more: it
 has every factor of it in registers, so the product behind it need not keep it (`routed.py`).
-In fp32 inside, rounded once.
+In fp32 inside, rounded once. `used` [n] int32: its last value is where the rows end that an expert
+has; the ones behind it (dropped assignments) are not read and give zeros.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ BLOCK_F = 1024
 
 
 @triton.jit
-def _forward(hidden, probs, out, F, BLOCK: tl.constexpr):
+def _forward(hidden, probs, out, used, F, LIMITED: tl.constexpr, BLOCK: tl.constexpr):
     """One row and one block of F a program."""
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(hidden + row * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
-    up = tl.load(hidden + row * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
+    readable = F
+    if LIMITED:
+        readable = tl.where(row < tl.load(used), F, 0)
+    gate = tl.load(hidden + row * 2 * F + f, mask=f < readable, other=0.0).to(tl.float32)
+    up = tl.load(hidden + row * 2 * F + F + f, mask=f < readable, other=0.0).to(tl.float32)
     prob = tl.load(probs + row).to(tl.float32)
     value = gate * tl.sigmoid(gate) * up * prob
     tl.store(out + row * F + f, value.to(out.dtype.element_ty), mask=f < F)
@@ -37,20 +41,26 @@ def _backward(
     grad_hidden,
     grad_probs,
     out,
+    used,
     F,
     grad_stride,
+    LIMITED: tl.constexpr,
     AGAIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row a program."""
     row = tl.program_id(0).to(tl.int64)
     prob = tl.load(probs + row).to(tl.float32)
+    readable = F
+    if LIMITED:
+        readable = tl.where(row < tl.load(used), F, 0)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, F, BLOCK):
         f = start + tl.arange(0, BLOCK)
-        gate = tl.load(hidden + row * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
-        up = tl.load(hidden + row * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
-        upstream = tl.load(grad + row * grad_stride + f, mask=f < F, other=0.0).to(tl.float32)
+        inside = f < readable
+        gate = tl.load(hidden + row * 2 * F + f, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(hidden + row * 2 * F + F + f, mask=inside, other=0.0).to(tl.float32)
+        upstream = tl.load(grad + row * grad_stride + f, mask=inside, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         total += upstream * silu * up
@@ -71,19 +81,31 @@ def _block(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
-def swiglu_forward(hidden_R2F: Tensor, probs_R: Tensor) -> Tensor:
+def _last(used: Tensor | None) -> Tensor | None:
+    """A view of the last value, no read."""
+    return None if used is None else used[-1:]
+
+
+def swiglu_forward(hidden_R2F: Tensor, probs_R: Tensor, used: Tensor | None = None) -> Tensor:
     """silu(gate) * up * prob [R, F]; hidden is contiguous, gate first."""
     num_rows, _, width = hidden_R2F.shape
     out_RF = hidden_R2F.new_empty(num_rows, width)
     options = _block(width)
     if num_rows:
         grid = (num_rows, triton.cdiv(width, options["BLOCK"]))
-        _forward[grid](hidden_R2F, probs_R, out_RF, width, **options)
+        _forward[grid](
+            hidden_R2F, probs_R, out_RF, _last(used), width, LIMITED=used is not None, **options
+        )
     return out_RF
 
 
 def swiglu_backward(
-    hidden_R2F: Tensor, probs_R: Tensor, grad_RF: Tensor, *, again: bool = False
+    hidden_R2F: Tensor,
+    probs_R: Tensor,
+    grad_RF: Tensor,
+    *,
+    used: Tensor | None = None,
+    again: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(gradient of hidden [R, 2, F], of the probabilities [R], the forward's output if `again`)."""
     num_rows, _, width = hidden_R2F.shape
@@ -98,8 +120,10 @@ def swiglu_backward(
             grad_hidden,
             grad_probs,
             out_RF,
+            _last(used),
             width,
             grad_RF.stride(0),
+            LIMITED=used is not None,
             AGAIN=again,
             **_block(width),
         )

@@ -1,4 +1,6 @@
-"""megatron-core's transformer layer; a mixture of experts in it gets the sorted dispatcher."""
+"""megatron-core's transformer layer; a mixture of experts in it gets the sorted dispatcher,
+or the one of its kernels.
+"""
 
 from __future__ import annotations
 
@@ -17,3 +19,7 @@ class TransformerLayer(StockLayer):
         super().__init__(*args, **kwargs)
         if isinstance(self.mlp, MoELayer):
             use_sorted_dispatch(self.mlp)
+            if getattr(self.mlp.experts, "on_device", False):
+                from megatron_ext.moe.device_dispatch import use_device_dispatch  # imports Triton
+
+                use_device_dispatch(self.mlp)

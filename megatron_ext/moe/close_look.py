@@ -175,7 +175,7 @@ def close_look(
         experts = [module for module in chunk.modules() if isinstance(module, GroupedExperts)]
         hooks += [
             module.register_forward_hook(
-                lambda _, given, out, to=to: to.add_outputs(out[0], given[1])
+                lambda one, given, out, to=to: to.add_outputs(*one.outputs_by_expert(given, out))
             )
             for to, module in zip(looks, experts)
         ]

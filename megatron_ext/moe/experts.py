@@ -176,6 +176,10 @@ class GroupedExperts(MegatronModule):
             out = out + weighted.to(out.dtype)
         return out
 
+    def outputs_by_expert(self, inputs: tuple, output: tuple) -> tuple[Tensor, Tensor]:
+        """(rows by local expert, rows of each [e]) of what `forward` took and gave: for hooks."""
+        return output[0], inputs[1]
+
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Global tensors fc1 [.., E, g, F, H] and fc2 [.., E, H, F]; replicas are the expert
         data-parallel ranks.

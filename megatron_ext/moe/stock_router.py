@@ -35,12 +35,15 @@ from megatron_ext.moe.stats import Tally
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """What our router is asked beyond megatron-core's config: the fields of MoeSection."""
+    """What our router, and who builds its layer, is asked beyond megatron-core's config: the fields
+    of MoeSection.
+    """
 
     moe_global_aux_scale: str = "exact"
     moe_global_aux_mode: str = "running"
     moe_capacity_scope: str = "micro-batch"
     moe_router_group_score_experts: int | None = None
+    moe_kernels: str = "torch"
 
 
 class StockRouter(TopKRouter):

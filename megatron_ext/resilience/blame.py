@@ -159,7 +159,7 @@ class _ChunkWatch:
                 return
             expert = None
             if isinstance(module, GroupedExperts):
-                local = bad_expert(output[0], inputs[1])
+                local = bad_expert(*module.outputs_by_expert(inputs, output))
                 expert = None if local is None else first_expert(module.num_local_experts) + local
             self._add(name, "output", expert)
 

@@ -22,6 +22,7 @@ LAYER = {
     "device": 1,
     "mesh": 2,
     "costs": 3,
+    "kernels": 3,
     "moe": 4,
     "context": 3,
     "model": 5,

@@ -6,6 +6,7 @@
     context   sequence over cp and tp, strategies
     support   what this release or this machine cannot do
     world     ranks that a file's layout cannot hold
+    kernels   what the kernels of --moe-kernels triton serve
 
 A rule is a generator of `Violation` over the resolved `RunConfig`.  A rule whose inputs are missing
 stays silent: `required` has named them.
@@ -17,6 +18,7 @@ from collections.abc import Mapping
 
 from megatron_ext.config.checks import (
     context,
+    kernels,
     layout,
     model,
     moe,
@@ -42,4 +44,5 @@ def violations_of(cfg: RunConfig, environ: Mapping[str, str]) -> list[Violation]
         return found + wrong
     for group in (layout, context, pipeline, model, moe, training, support):
         found += group.rules(cfg)
+    found += kernels.rules(cfg, environ)
     return found

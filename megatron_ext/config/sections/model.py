@@ -140,3 +140,7 @@ class MoeSection:
     moe_router_group_score_experts: int | None = None
     """Experts whose scores sum to the score of their group (with --moe-router-group-topk).
     DeepSeek-V2: 1, DeepSeek-V3: 2. Default: megatron-core's topk / kept groups."""
+
+    moe_kernels: Literal["torch", "triton"] = "torch"
+    """What computes the experts. torch: its grouped_mm, gathers and sums; triton: our kernels, on
+    CUDA, for SwiGLU experts without biases. Which is faster is not measured."""
