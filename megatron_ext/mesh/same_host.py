@@ -19,6 +19,7 @@ four slots: having heard of a peer's k, it knows that the peer has read k - 2.
 from __future__ import annotations
 
 import hashlib
+import logging
 import mmap
 import os
 import select
@@ -37,6 +38,7 @@ SLOTS = 4
 SLOT_BYTES = 1 << 20
 """Bytes of a slot times the ranks of the channel: what is staged stays in the processor's cache."""
 MAX_RANKS = 16
+"""Of a channel: its memory is SLOTS * size MiB, 8 MiB for two ranks, 64 for 16."""
 SPIN_S = 50e-6
 """How long a rank looks for a token before it sleeps; waking up takes about as long."""
 _CALLER = struct.Struct("<i16s")  # rank and its secret
@@ -205,6 +207,7 @@ def open_channel(
     """
     listener = socket.socket(socket.AF_UNIX)
     secret, wires, memory = os.urandom(16), {}, None
+    error: OSError | None = None
     with listener:
         if sys.platform == "linux":
             listener.bind(_address(secret))
@@ -216,10 +219,17 @@ def open_channel(
         try:
             wires = _meet(rank, [one[32:] for one in everyone], listener)
             memory = _shared_memory(rank, size, wires)
-        except OSError:
+        except OSError as met:
+            error = met
             _hang_up(wires)  # the others wait for it
     if not all(one[0] for one in gather(bytes([memory is not None]) * 48)):
         _hang_up(wires)
+        if rank == 0:
+            logging.getLogger(__name__).warning(
+                "%d ranks of this host share no memory (%s): their collectives go through sockets",
+                size,
+                error or "another rank could not",
+            )
         return None
     for wire in wires.values():
         wire.setblocking(False)

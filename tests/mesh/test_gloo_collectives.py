@@ -1,9 +1,11 @@
 """mesh/gloo_collectives.py against gloo's own, on forked ranks."""
 
+import logging
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,9 +216,13 @@ def test_other_hosts_get_no_shared_memory():
     assert all(run_ranks(others_hosts, 2))
 
 
-def full_memory() -> bool:
-    """Rank 0 gets no memory: nobody uses it."""
+def full_memory() -> tuple[bool, list[str]]:
+    """Rank 0 gets no memory: nobody uses it, and rank 0 says so."""
     rank, size = start()
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger(same_host.__name__).addHandler(handler)
 
     def fail(*_) -> None:
         raise OSError("no space")
@@ -225,36 +231,49 @@ def full_memory() -> bool:
     with faster("shared", 60.0):
         dist.all_reduce(total := torch.full((100_000,), rank + 1.0))
     dist.destroy_process_group()
-    return bool((total == 6).all())
+    return bool((total == 6).all()), said
 
 
-def test_no_memory_to_share_is_no_error():
-    assert all(run_ranks(full_memory, 3))
+def test_no_memory_to_share_is_a_warning():
+    (first, said), *others = run_ranks(full_memory, 3)
+    assert first and all(other == (True, []) for other in others)
+    assert said == [
+        "3 ranks of this host share no memory (no space): their collectives go through sockets"
+    ]
 
 
-def lose(how: str) -> str:
-    """What rank 0 is told when rank 1 dies or sleeps in the middle."""
+def lose(how: str, told: str = "") -> str:
+    """What rank 0 is told (and writes to the file `told`) when rank 1 dies or sleeps."""
     rank, size = start()
     with faster("shared", 2.0):
         dist.all_reduce(torch.ones(10))
         if rank == 1:
-            if how == "dies":
+            if how == "dies before":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if how == "dies in the middle":
+                host_collectives._read = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+                dist.all_reduce(torch.ones(1_000_000))
             time.sleep(4)
             return ""
         try:
             dist.all_reduce(torch.ones(1_000_000))
         except RuntimeError as error:
             assert isinstance(as_fatal(error), LostPeer)
+            if told:
+                Path(told).write_text(str(error))
             return str(error)
     return "nothing"
 
 
-def test_a_rank_that_dies_ends_the_wait():
-    began = time.monotonic()
+@pytest.mark.parametrize("how", ["dies before", "dies in the middle"])
+def test_a_rank_that_dies_ends_the_wait_and_leaves_nothing(how, tmp_path):
+    began, told, before = time.monotonic(), tmp_path / "told", set(os.listdir("/dev/shm"))
     with pytest.raises(RanksFailedError):
-        run_ranks(lose, 2, "dies")
+        run_ranks(lose, 2, how, str(told))
     assert time.monotonic() - began < 20
+    assert "Connection closed by peer, rank 1 of the group" in told.read_text()
+    left = set(os.listdir("/dev/shm")) - before
+    assert not [name for name in left if "pretrain" in name]
 
 
 def test_a_rank_that_does_not_come_is_named():
