@@ -11,23 +11,25 @@ One rank: `python pretrain_moe.py --config configs/quickstart.yaml`; several: `t
 from megatron_ext.config import RunConfig, parse
 from megatron_ext.errors import exit_on_fatal
 from megatron_ext.mesh.attempt import die_with_parent
+from megatron_ext.mesh.imports import without_collections
 from megatron_ext.mesh.limits import check_limits
 from megatron_ext.train.stop import StopRequest
 
 
 def pretrain(cfg: RunConfig, stop: StopRequest) -> None:
     """Train, or only evaluate, what `cfg` describes, on the ranks of this launch."""
-    from megatron_ext.device import start
+    with without_collections():
+        from megatron_ext.device import start
 
-    device = start(cfg.parallel.device, cfg.parallel.distributed_backend)
+        device = start(cfg.parallel.device, cfg.parallel.distributed_backend)
 
-    from megatron_ext.kernels.choose import check_kernels
-    from megatron_ext.mesh.agree import agree
-    from megatron_ext.mesh.groups import process_groups
-    from megatron_ext.model.gpt import build_chunks, vocabulary, wrap_for_training
-    from megatron_ext.optim.build import build_optimizer, build_scheduler
-    from megatron_ext.train import setup
-    from megatron_ext.train.loop import Run, evaluate_at_end, train
+        from megatron_ext.kernels.choose import check_kernels
+        from megatron_ext.mesh.agree import agree
+        from megatron_ext.mesh.groups import process_groups
+        from megatron_ext.model.gpt import build_chunks, vocabulary, wrap_for_training
+        from megatron_ext.optim.build import build_optimizer, build_scheduler
+        from megatron_ext.train import setup
+        from megatron_ext.train.loop import Run, evaluate_at_end, train
 
     check_kernels(cfg, device.kind)
     with process_groups(cfg.parallel, device, cfg.train.seed, setup.context_levels(cfg)):

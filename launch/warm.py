@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 
 from megatron_ext.errors import INTERNAL_BUG
+from megatron_ext.mesh.imports import without_collections
 
 MODULES = (
     "pretrain_moe",
@@ -37,13 +38,13 @@ def can_fork(device: str) -> bool:
 
 def load() -> bool:
     """Import what a rank needs; True where this process may fork ranks then: it has one thread."""
-    from megatron_ext.device import start
+    with without_collections():
+        from megatron_ext.device import start
 
-    start("cpu")
-    for name in MODULES:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # keeps the shared pages shared
+        start("cpu")
+        for name in MODULES:
+            importlib.import_module(name)
+        gc.collect()  # and frozen on the way out: keeps the shared pages shared
     return len(os.listdir("/proc/self/task")) == 1
 
 
