@@ -20,17 +20,23 @@ from megatron_ext.device import start
 TABLES = ("step", "layer", "collectives", "checkpoint", "data", "start", "observe")
 OF_WORKERS = ("step", "layer")
 """Their candidates are processes that choose a device for themselves."""
+WITHOUT_PEERS = ("collectives", "data", "start", "observe")
+"""What they compare with needs nothing that is not installed: --peers changes nothing."""
 
 
 def main(argv: list[str]) -> int:
     """Hand the options to the module of that name."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
     names = [name for name in TABLES if (Path(__file__).parent / f"{name}.py").exists()]
     if not argv or argv[0] not in names:
         print(f"usage: python -m tests.bench {{{','.join(names)}}} [options]", file=sys.stderr)
         return 64
     if argv[0] not in OF_WORKERS:
         start("cpu")  # before anything imports megatron-core
-    return import_module(f"tests.bench.{argv[0]}").main(argv[1:]) or 0
+    rest = [word for word in argv[1:] if argv[0] not in WITHOUT_PEERS or word != "--peers"]
+    return import_module(f"tests.bench.{argv[0]}").main(rest) or 0
 
 
 if __name__ == "__main__":

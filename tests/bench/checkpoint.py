@@ -1,31 +1,33 @@
 """How long a save stops training, and how fast it reaches the disk, beside what else there is.
 
-    python -m tests.bench checkpoint --ranks 2 --rounds 5 --hidden 512 --folder /some/disk
+    python -m tests.bench checkpoint --ranks 2 --rounds 5 --hidden 512 --folder /some/disk --peers
 
 Every round takes all measurements in turn on the same state and disk; shown are medians over the
 rounds, of the slowest rank. Blocking is what a save adds to the loop: the call itself and, for a
-lazy one, the wait before the next update.
+lazy one, the wait before the next update. Ceilings: a plain copy of the same tensors and O_DIRECT
+writes of the same bytes, as many ranks at once. --peers adds the saves of checkpoint_peers.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import mmap
-import multiprocessing
 import os
 import shutil
 import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from tests.bench import table
+from tests.bench.checkpoint_peers import dcp_save, try_mcore
 from tests.checkpoint.small_run import checkpointer, small_run
 from tests.ranks.harness import run_ranks
 
 _BLOCK = 16 << 20
-_MCORE_LIMIT_S = 60
 
 
 def _timed(action) -> float:
@@ -89,73 +91,9 @@ def _quiet(run, saver) -> dict[str, float]:
     return {"save without training until durable": time.perf_counter() - begin}
 
 
-def _dcp(run, folder: Path, group) -> dict[str, float]:
-    """torch.distributed.checkpoint.async_save of the same tensors (each rank its own names)."""
-    import torch.distributed.checkpoint as dcp
-
-    rank = torch.distributed.get_rank()
-    state = {f"{rank}.{i}": t for i, t in enumerate(_tensors(run))}
-    begin = time.perf_counter()
-    future = dcp.async_save(state, checkpoint_id=str(folder / "dcp"), process_group=group)
-    call = time.perf_counter() - begin
-    future.result()
-    shutil.rmtree(folder / "dcp", ignore_errors=True)
-    return {"DCP async_save blocking": call, "DCP until written": time.perf_counter() - begin}
-
-
-def _mcore(run, folder: Path) -> dict[str, float]:
-    """megatron-core's own async save of weights and optimizer states: torch_dist, one writing
-    process.
-
-    It forks children, which multiprocessing refuses to a daemonic process: what the harness's ranks
-    are, and no rank of a launcher is. Its children want psutil for a debug line only, and without
-    it the parent waits for ever.
-    """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-
-    from megatron_ext.checkpoint import state as parts
-
-    multiprocessing.current_process()._config["daemon"] = False
-    filesystem_async._process_memory = lambda: 0
-    target, queue = folder / "mcore", AsyncCallsQueue()
-    if torch.distributed.get_rank() == 0:
-        target.mkdir()
-    torch.distributed.barrier()
-    begin = time.perf_counter()
-    model = parts.sharded_model(run.state.chunks)
-    states = parts.sharded_optimizer(run.state.optimizer, model)[0]
-    request = dist_checkpointing.save(
-        {"model": model[0], "optimizer": dict(enumerate(states))},
-        str(target),
-        TorchDistSaveShardedStrategy("torch_dist", 1),
-        async_sharded_save=True,
-        validate_access_integrity=False,
-    )
-    queue.schedule_async_request(request)
-    call = time.perf_counter() - begin
-    while not queue.maybe_finalize_async_calls():
-        if time.perf_counter() - begin > _MCORE_LIMIT_S:
-            queue.close(abort=True)
-            raise TimeoutError(f"not finished after {_MCORE_LIMIT_S} s")
-        time.sleep(0.01)
-    found = {"mcore async blocking": call, "mcore until written": time.perf_counter() - begin}
-    queue.close()
-    torch.distributed.barrier()
-    shutil.rmtree(target, ignore_errors=True)
-    return found
-
-
-def _try_mcore(run, folder: Path) -> tuple[dict[str, float], str]:
-    try:
-        return _mcore(run, folder), ""
-    except Exception as error:  # whatever it raises is the finding
-        return {}, f"does not run here: {type(error).__name__}: {str(error)[:160]}"
-
-
-def _measure(flags: str, rounds: int, folder: Path) -> tuple[dict[str, list[float]], int, str]:
+def _measure(
+    flags: str, rounds: int, folder: Path, with_peers: bool
+) -> tuple[dict[str, list[float]], int, str]:
     """All rounds on one rank: name -> seconds; bytes; why megatron-core's save does not run."""
     found: dict[str, list[float]] = {}
     problem = ""
@@ -187,9 +125,10 @@ def _measure(flags: str, rounds: int, folder: Path) -> tuple[dict[str, list[floa
                 keep({"O_DIRECT + fsync": _direct(path, num_bytes)})
                 keep({"synchronous save": _timed(lambda: plain.save(run.state))})
                 plain._wait_for(2)
-                keep(_dcp(run, folder, group))
-                values, problem = ({}, problem) if problem else _try_mcore(run, folder)
-                keep(values)
+                if with_peers:
+                    keep(dcp_save(tensors, folder, group))
+                    values, problem = ({}, problem) if problem else try_mcore(run, folder)
+                    keep(values)
                 for name in ("ours", "sync"):
                     for old in sorted((folder / name).glob("step_*"))[:-1]:
                         shutil.rmtree(old, ignore_errors=True)
@@ -198,11 +137,17 @@ def _measure(flags: str, rounds: int, folder: Path) -> tuple[dict[str, list[floa
 
 def main(argv: list[str]) -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench checkpoint", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: TMPDIR")
+    parser.add_argument("--peers", action="store_true", help="also torch's DCP and megatron-core's")
+    parser.add_argument("--json", help="file to write")
     asked = parser.parse_args(argv)
     h = asked.hidden
     flags = (
@@ -211,33 +156,50 @@ def main(argv: list[str]) -> None:
         " --use-distributed-optimizer --bf16"
     )
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=asked.folder))
+    work = (flags, asked.rounds, folder, asked.peers)
     try:
-        results = run_ranks(_measure, asked.ranks, flags, asked.rounds, folder, timeout_s=900)
+        results = run_ranks(_measure, asked.ranks, *work, timeout_s=900)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    _show(results)
+    print(_report(results))
+    seconds, num_bytes, problem = zip(*results)
+    content = {"seconds": seconds, "bytes_a_rank": num_bytes[0], "mcore_problem": problem[0]}
+    ratios = {name: _ratio(results, *of) for name, of, _ in RATIOS}
+    table.write_json(asked.json, {"table": "checkpoint", **content, "ratios": ratios})
 
 
-def _show(results: list) -> None:
-    size = results[0][1]
+RATIOS = (
+    ("blocking / plain copy", ("lazy blocking", "plain copy"), "target 1.25"),
+    (
+        "persist / O_DIRECT",
+        ("O_DIRECT + fsync", "save without training until durable"),
+        "target 0.7",
+    ),
+    ("step in flight / step", ("step in flight", "step"), "target 1.05 with a free core"),
+)
+
+
+def _report(results: list) -> str:
+    """The table and the ratios to its ceilings."""
+    size, problem, where = results[0][1], results[0][2], table.machine()
     medians = {
         name: max(statistics.median(found[name]) for found, _, _ in results)
         for name in results[0][0]
     }
-    print(f"{len(results)} ranks, {size / 2**20:.0f} MiB a rank, medians, slowest rank")
-    for name, seconds in medians.items():
-        print(f"{name:38} {seconds:9.4f} s   {size / seconds / 1e9:7.2f} GB/s")
-    if results[0][2]:
-        print(f"{'megatron-core async save':38} {results[0][2]}")
-    print(
-        f"blocking / plain copy: {_ratio(results, 'lazy blocking', 'plain copy'):.2f} (target 1.25)"
-    )
-    quiet = "save without training until durable"
-    print(f"persist / O_DIRECT: {_ratio(results, 'O_DIRECT + fsync', quiet):.2f} (target 0.7)")
-    slower = _ratio(results, "step in flight", "step")
-    cores = len(os.sched_getaffinity(0))
-    print(f"step in flight / step: {slower:.2f} ({cores} cores, {len(results)} ranks,", end=" ")
-    print(f"load average {os.getloadavg()[0]:.1f}; target 1.05 with a free core)")
+    rows: list[list[Any]] = [
+        [name, f"{1000 * seconds:,.1f}", None if "step" in name else f"{size / seconds / 1e9:.2f}"]
+        for name, seconds in medians.items()
+    ]
+    rows += [[f"mcore async: {problem}", None, None]] if problem else []
+    lines = [
+        f"{len(results)} ranks, {size / 2**20:.0f} MiB a rank, medians, slowest rank;"
+        f" {where['cpu']}, {where['cores']} cores, load {where['load']}",
+        "",
+        table.markdown(("what", "ms", "GB/s a rank"), rows),
+        "",
+    ]
+    lines += [f"{name}: {_ratio(results, *of):.2f} ({note})" for name, of, note in RATIOS]
+    return "\n".join(lines)
 
 
 def _ratio(results: list, above: str, below: str) -> float:

@@ -162,7 +162,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=5_000_000, help="of the corpus")
     parser.add_argument("--prepare", action="store_true", help="also tests.bench.prepare")
-    parser.add_argument("--peers", action="store_true", help="no more than without: all are here")
     parser.add_argument("--json", help="file to write")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
