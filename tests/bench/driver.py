@@ -71,7 +71,7 @@ class Processes:
         self.log = folder / f"{candidate.module}-{candidate.label}".replace("/", "_").replace(
             " ", "_"
         )
-        path = self.log.with_suffix(".json")
+        path = Path(f"{self.log}.json")
         path.write_text(json.dumps({**spec, **candidate.more}))
         port = str(free_port())
         self.running = []

@@ -15,6 +15,7 @@ from tests.bench.peers.catalogue import DEFAULT, PEERS, chosen
 from tests.bench.peers.plain import MoE
 from tests.bench.peers.training import MasterAdamW
 from tests.bench.shapes import Shape, flags_of, shape_of
+from tests.bench.step_table import Found
 
 TINY = Shape(32, 1, 2, 4, 2, 16, 64, 16, 2, 0.01)
 TINY_MODEL = """
@@ -53,6 +54,24 @@ def test_an_unknown_table_is_a_usage_error(capsys):
     assert front_door.main([]) == front_door.main(["steps"]) == 64
     text = capsys.readouterr().err
     assert "step" in text and "layer" in text and "checkpoint" in text and "data" in text
+
+
+def test_help_names_every_table(capsys):
+    assert front_door.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n{name} " in text for name in front_door.TABLES)
+
+
+def test_groups_of_peers_share_ours_and_the_ceilings():
+    own = Candidate("ceilings", "x"), Candidate("ours", "x")
+    found = Found(*map(Result, own))
+    for number, seconds in enumerate((1.0, 2.0)):
+        group = [*map(Result, own), Result(Candidate(f"peer {number}", "x"))]
+        for result in group:
+            result.rounds = [{"seconds": [seconds if result is group[1] else 3.0]}]
+        found.add(group)
+    assert found.ours.seconds() == [1.0, 2.0] and len(found.limits.rounds) == 2
+    assert [quotient for _, quotient in found.others] == [3.0, 1.5]  # each within its group
 
 
 def test_a_table_escapes_aligns_and_shows_what_is_missing():

@@ -38,8 +38,8 @@ PEERS = [
     *_both("torchtitan MoE, without casts", "titan", "whole", only_in="fp32"),
     *_both("OLMo-core dropless", "olmo", "dropless"),
     *_both("litgpt LLaMAMoE", "lit", ""),
-    Peer("DeepSpeed MoE, capacity", "deep", "capacity"),
-    Peer("DeepSpeed MoE, dropless", "deep", "dropless"),
+    *_both("DeepSpeed MoE, capacity", "deep", "capacity"),
+    *_both("DeepSpeed MoE, dropless", "deep", "dropless"),
     Peer("megatron-core SequentialMLP", "megatron", "", is_installed_here=True),
 ]
 DEFAULT = (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.bench.gate import Gate
 from tests.bench.shapes import Shape
 
-NOTE = "aux loss 0.01; Qwen3 has norms of q and k besides"
+NOTE = "aux loss 0.01"
 
 
 def _config(kind: str, shape: Shape):
@@ -69,6 +69,8 @@ def model(name: str, shape: Shape, gate: Gate, dtype: torch.dtype) -> nn.Module:
 
     gate.imported()
     kind, experts = name.split(":")
+    if kind == "qwen3":
+        gate.facts["note"] = f"{NOTE}; norms of q and k besides"
     torch.manual_seed(1234)
     inner = AutoModelForCausalLM.from_config(
         _config(kind, shape),
