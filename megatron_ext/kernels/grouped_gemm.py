@@ -38,11 +38,31 @@ _CONFIGS = [
     triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
     for m, n, warps, stages in ([(16, 32, 4, 1)] if INTERPRETED else _TILES)
 ]
-_WEIGHT_TILES = ((128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 4), (128, 256, 8, 3))
+_WEIGHT_TILES = ((64, 64, 4, 4), (64, 128, 4, 3), (128, 128, 8, 3), (128, 256, 8, 3))
 _WEIGHT_CONFIGS = [
     triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
     for n, k, warps, stages in ([(32, 32, 4, 1)] if INTERPRETED else _WEIGHT_TILES)
 ]
+FEW_ROWS = 64
+"""Mean rows of an expert under which tiles of 16 or 32 rows are tried, else of 64 or more. On
+compute capability 9 the compiler gives the former to mma, the latter to wgmma."""
+
+
+def _offered(configs, given, **more):
+    """The tiles for so many rows of an expert; one of them for fp32, of which they are long code
+    without tensor cores (16 to 100 s of compilation for all).
+    """
+    given = given | more
+    is_few = given["ROWS_BUCKET"] < FEW_ROWS * given["E"]
+    fitting = [one for one in configs if (one.kwargs["BLOCK_M"] < FEW_ROWS) == is_few]
+    return fitting[:1] if given["a"].dtype == torch.float32 else fitting
+
+
+def _offered_for_weights(configs, given, **more):
+    """All, for fp32 the smallest."""
+    return configs[:1] if given["x"].dtype == torch.float32 else configs
+
+
 SUM_BLOCK_K = 64
 """Step of the sum over a row's K columns: part of the result's order of summation."""
 SUM_BLOCK_R = 64
@@ -64,7 +84,7 @@ def _tile_of(tile_m, ends, E, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
     return expert, first, tl.sum(tl.where(mine, expert_ends, 0), axis=0)
 
 
-@tuned(_CONFIGS, key=["N", "K", "E", "ROWS_BUCKET"])
+@tuned(_CONFIGS, key=["N", "K", "E", "ROWS_BUCKET"], offered=_offered)
 @triton.jit
 def _rows_times_weights(
     a,
@@ -128,7 +148,7 @@ def _rows_times_weights(
         )
 
 
-@tuned(_WEIGHT_CONFIGS, key=["N", "K", "E", "ROWS_BUCKET"])
+@tuned(_WEIGHT_CONFIGS, key=["N", "K", "E", "ROWS_BUCKET"], offered=_offered_for_weights)
 @triton.jit
 def _weight_gradient(
     grad,

@@ -1,11 +1,15 @@
 """How the kernels are launched: tuning lists that never change a result, and Triton's interpreter.
 
 Every list of configurations varies only what leaves each output's order of summation alone (tile
-height and width, warps, stages); the block along a sum is fixed. So a tuner that picks differently
-after a restart does not move a resumed run. The interpreter takes the first configuration.
+height and width, warps, stages); the block along a sum is fixed, and tiles that the compiler gives
+to another tensor-core instruction are not offered together (`grouped_gemm`). So a tuner that picks
+differently after a restart should not move a resumed run (not verified on a GPU). The interpreter
+takes the first configuration.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -14,9 +18,15 @@ from torch import Tensor
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-def tuned(configs: list[triton.Config], key: list[str]):
-    """`triton.autotune` over the list on a GPU, its first entry in the interpreter."""
-    return triton.autotune(configs=configs[:1] if INTERPRETED else configs, key=key)
+def tuned(configs: list[triton.Config], key: list[str], offered: Callable | None = None):
+    """`triton.autotune` over the list on a GPU, its first entry in the interpreter.
+    `offered(configs, arguments, **arguments)`: those that fit a call; it may read what `key` names
+    and dtypes.
+    """
+    if INTERPRETED:
+        return triton.autotune(configs=configs[:1], key=key)
+    prune = None if offered is None else {"early_config_prune": offered}
+    return triton.autotune(configs=configs, key=key, prune_configs_by=prune)
 
 
 def bucket(count: int) -> int:
