@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ext.config import RunConfig
-from megatron_ext.costs.activations import routed_rows, shape_of
+from megatron_ext.costs.activations import routed_rows
 from megatron_ext.costs.cluster import Gpu
 from megatron_ext.costs.flops import attention_flops
+from megatron_ext.costs.micro_batch import shape_of
 from megatron_ext.costs.tensors import num_gates, padded_vocab_size
 
 BACKWARD = {"gemm": 2.0, "attention": 2.5, "memory": 2.0}

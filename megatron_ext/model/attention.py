@@ -1,5 +1,6 @@
 """Core attention on `F.scaled_dot_product_attention`: causal, grouped-query, sliding window,
-document mask; over several ranks of one sequence by a strategy of `megatron_ext/context/`.
+document mask; plain causal attention on a CPU by `blockwise.py`; over several ranks of one sequence
+by a strategy of `megatron_ext/context/`.
 
 Stands where megatron-core puts its own DotProductAttention or Transformer Engine's
 (`core_attention` of the layer spec). Shapes: S sequence, B micro-batch, N query heads of this tp
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from megatron_ext import context
 from megatron_ext.device import current_device
+from megatron_ext.model.blockwise import BlockwiseAttention, Form, keeps_probabilities
 
 
 def attention_mask(
@@ -88,6 +90,12 @@ class CoreAttention(MegatronModule):
         self.exchange = None
         if config.context_parallel_size > 1:
             self.exchange = context.Exchange(pg_collection.cp)
+        self.is_blockwise = (
+            current_device().type == "cpu"
+            and self.exchange is None
+            and self.window is None
+            and self.softmax_offset is None
+        )
 
     def _build_offset(self) -> Tensor | None:
         """The extra logit per head of this rank [N]: none, zeros, or learned."""
@@ -115,14 +123,18 @@ class CoreAttention(MegatronModule):
         """query [S, B, N, D], key [S', B, G, D], value [S', B, G, Dv] -> [S, B, N * Dv]."""
         if self.exchange is not None:
             return self._over_ranks(query, key, value, attention_mask_arg)
+        has_dropout = self.training and self.dropout > 0
+        if self.is_blockwise and self._is_plain(query, key, attention_mask_arg) and not has_dropout:
+            form = Form(key.shape[2], self.scale, keep=keeps_probabilities(key.shape[0]))
+            return BlockwiseAttention.apply(query, key, value, form)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if k.shape[1] != q.shape[1]:
             repeats = q.shape[1] // k.shape[1]
             k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
         num_queries, num_keys = q.shape[2], k.shape[2]
-        is_plain = num_queries == num_keys and attention_mask_arg is None and self.window is None
         mask = None
-        if not is_plain or self.softmax_offset is not None:
+        is_plain = self._is_plain(query, key, attention_mask_arg)
+        if not is_plain or self.window is not None or self.softmax_offset is not None:
             mask = attention_mask(num_queries, num_keys, self.window, attention_mask_arg, q.device)
         if self.softmax_offset is not None:
             k, v, mask = self._with_offset_key(q, k, v, mask)
@@ -136,6 +148,11 @@ class CoreAttention(MegatronModule):
             scale=self.scale,
         )
         return out.permute(2, 0, 1, 3).reshape(num_queries, q.shape[0], -1)
+
+    @staticmethod
+    def _is_plain(query: Tensor, key: Tensor, document_ids_BS: Tensor | None) -> bool:
+        """Whether every query sees all keys up to its own place."""
+        return query.shape[0] == key.shape[0] and document_ids_BS is None
 
     def _over_ranks(
         self, query: Tensor, key: Tensor, value: Tensor, document_ids_BS: Tensor | None

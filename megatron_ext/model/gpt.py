@@ -28,6 +28,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.model import layers, run_config, vocab
 from megatron_ext.model.gradients import WrittenGradients
 from megatron_ext.model.initialise import Recorder, initialise
+from megatron_ext.model.output_layer import Deferred, OutputLayer, can_fuse
 from megatron_ext.moe.router import RouterOptions
 
 
@@ -40,7 +41,9 @@ class Vocabulary:
 
 
 class GPT(GPTModel):
-    """GPTModel whose loss is over the true vocabulary: padding columns get no probability."""
+    """GPTModel whose loss is over the true vocabulary (padding columns get no probability), and
+    computed without its logits where `has_fused_loss`.
+    """
 
     def __init__(self, *args, true_vocab_size: int, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -53,9 +56,21 @@ class GPT(GPTModel):
             # the stage has its own copy of the embedding for MTP and uses that: 0.16.1 allocates
             # an output table as well, trains without it and then cannot save it
             self.output_layer.register_parameter("weight", None)
+        self.has_fused_loss = self.post_process and can_fuse(self.config)
+        if self.has_fused_loss:
+            # GPTModel names the class of its output layer; ours has the same parameters
+            self.output_layer.__class__ = OutputLayer
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+    def _postprocess(self, *args, labels: Tensor | None, **kwargs) -> Tensor:
+        """Loss per token [B, S] where there are labels, else logits [B, S, padded/tp]."""
+        if self.has_fused_loss:
+            self.output_layer.defers = labels is not None
+        return super()._postprocess(*args, labels=labels, **kwargs)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor | Deferred) -> Tensor:
         """labels [B, S], logits [S, B, padded/tp] -> loss per token [B, S] in nats."""
+        if isinstance(logits, Deferred):
+            return self.output_layer.loss(labels, logits, self.num_true_columns)
         return super().compute_language_model_loss(
             labels, vocab.hide_padding(logits, self.num_true_columns)
         )

@@ -19,7 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec_for_backend,
     get_mlp_module_spec_for_backend,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
@@ -34,10 +34,13 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from megatron_ext.device import current_device
+from megatron_ext.kernels.choose import uses_triton
 from megatron_ext.model.attention import CoreAttention
 from megatron_ext.model.head_norm import HeadsNorm
 from megatron_ext.model.latent_attention import LatentAttention
 from megatron_ext.model.norm import Norm
+from megatron_ext.model.self_attention import SelfAttention
 from megatron_ext.model.transformer_layer import TransformerLayer
 from megatron_ext.moe.experts import GroupedExperts
 from megatron_ext.moe.router import Router, RouterOptions
@@ -126,7 +129,12 @@ def layer_spec(config, *, is_moe: bool, router: RouterOptions) -> ModuleSpec:
     build = _transformer_engine_layer if use_te else _local_layer
     spec = build(config, config.num_moe_experts if is_moe else None)
     if is_moe:
-        spec.submodules.mlp.submodules.router = functools.partial(Router, options=router)
+        parts = spec.submodules.mlp.submodules
+        parts.router = functools.partial(Router, options=router)
+        if uses_triton(router.moe_kernels, current_device().type):
+            from megatron_ext.moe.device_experts import DeviceExperts  # it imports Triton
+
+            parts.experts.module = DeviceExperts
     return spec
 
 
@@ -173,11 +181,13 @@ def mtp_spec(config, *, router: RouterOptions, pp_rank: int, vp_stage: int | Non
     if not config.mtp_num_layers:
         return None
     use_te = config.transformer_impl == "transformer_engine"
+    backend = TESpecProvider() if use_te else LocalBackend()
     layer = layer_spec(config, is_moe=moe_layer_pattern(config)[-1], router=router)
     return get_gpt_mtp_block_spec_for_backend(
         config=config,
-        spec=layer,
-        backend=TESpecProvider() if use_te else LocalBackend(),
+        # a block, since 0.16.1 takes a lone layer only of its own class
+        spec=TransformerBlockSubmodules(layer_specs=[layer], layer_norm=backend.layer_norm()),
+        backend=backend,
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )

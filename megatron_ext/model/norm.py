@@ -11,9 +11,43 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megatron_ext.device import current_device
+
+
+class RowNorm(Function):
+    """RMSNorm of x [..., H] with weight [H] of the same dtype, in few passes of a CPU.
+
+    torch's `F.rms_norm` is made of element-wise steps there and keeps two fp32 tensors; this keeps
+    x and 1/rms [T, 1]. Backward, with s = 1/rms and g = s dy:
+
+        dx = g w - x s^2 mean(g w x),    dw = sum over rows of g x
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        squares = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+        per_rms = squares.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, per_rms)
+        normal = rows.float().mul_(per_rms) if rows.dtype != per_rms.dtype else rows * per_rms
+        return normal.to(rows.dtype).mul_(weight).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, per_rms = ctx.saved_tensors
+        width = x.shape[-1]
+        rows, wide_weight = x.reshape(-1, width).float(), weight.float()
+        g = grad.reshape(-1, width).float() * per_rms
+        products = g * rows
+        dw = products.sum(dim=0)
+        pull = torch.mv(products, wide_weight).unsqueeze(1).mul_(per_rms.square()).div_(-width)
+        dx = g.mul_(wide_weight).addcmul_(rows, pull).to(x.dtype)
+        return dx.view(x.shape), dw.to(weight.dtype), None
 
 
 class Norm(nn.Module):
@@ -43,6 +77,8 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight + 1 if self.centered_at_one else self.weight
         weight = weight.to(x.dtype)
+        if self.is_rms and x.device.type == "cpu":
+            return RowNorm.apply(x, weight, self.eps)
         if self.is_rms:
             return F.rms_norm(x, weight.shape, weight, self.eps)
         return F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)

@@ -17,8 +17,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_ext.costs.cpu_blocks import ROW_MULTIPLE, block_rows
 from megatron_ext.device import current_device
-from megatron_ext.moe.feed_forward import ROW_MULTIPLE, block_rows, swiglu_experts
+from megatron_ext.moe.feed_forward import swiglu_experts
 
 
 def grouped_linear(x_TK: Tensor, weight_eNK: Tensor, offsets_e: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 
 The rows of one expert stay in the cache between its products: no tensor of all rows' activations
 exists in either pass. Where all blocks have the same number of rows, `bmm` takes them all in one
-product (see `block_rows`). The activation is rounded where autograd's would be.
+product (see `costs/cpu_blocks.py`). The activation is rounded where autograd's would be.
 
 Suffixes: P places in blocks by expert, E experts of this rank, H hidden, F expert hidden.
 """
@@ -20,24 +20,6 @@ from torch import Tensor
 from torch.nn import functional
 
 aten = torch.ops.aten
-
-ROW_MULTIPLE = 32
-"""Rows that an expert's block is rounded up to on a CPU."""
-
-CALL_FLOPS = 8e6
-"""Work that costs as much as one more call of a product: about 20 us at 400 GFLOP/s."""
-
-
-def block_rows(counts: Sequence[int], flops_per_row: float) -> list[int]:
-    """Rows of each expert's block: rounded up each by itself, or equal for all where the padding
-    costs less than the calls that it saves.
-    """
-    rows = [-(-count // ROW_MULTIPLE) * ROW_MULTIPLE for count in counts]
-    most = max(rows)
-    calls = sum(1 for count in rows if count)
-    if calls > 1 and (most * len(rows) - sum(rows)) * flops_per_row < 2 * calls * CALL_FLOPS:
-        return [most] * len(rows)
-    return rows
 
 
 def spans(rows: Sequence[int]) -> Iterator[tuple[int, slice]]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ext.config import RunConfig
-from megatron_ext.costs.activations import chunk_saved, layer_saved, routed_rows, shape_of
+from megatron_ext.costs.activations import chunk_saved, layer_saved, routed_rows
 from megatron_ext.costs.cluster import Cluster
+from megatron_ext.costs.micro_batch import shape_of
 from megatron_ext.costs.states import stage_states
 from megatron_ext.costs.tensors import moe_pattern, padded_vocab_size
 from megatron_ext.pipeline.program import in_flight, program_of

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 from megatron_ext.config import RunConfig
 from megatron_ext.config.checks.numbers import divisors
-from megatron_ext.costs.activations import kept, layer_saved, loss_saved, shape_of
+from megatron_ext.costs.activations import kept, layer_saved, loss_saved
 from megatron_ext.costs.cluster import Cluster
+from megatron_ext.costs.micro_batch import shape_of
 from megatron_ext.costs.states import recipe_of
 from megatron_ext.costs.tensors import layer_tensors, moe_pattern, padded_vocab_size, share_of
 from megatron_ext.costs.work import embedding_work, head_work, layer_work

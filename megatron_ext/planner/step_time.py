@@ -17,10 +17,10 @@ from functools import lru_cache
 
 from megatron_ext.config import RunConfig
 from megatron_ext.config.stages import Chunk
-from megatron_ext.costs.activations import shape_of
 from megatron_ext.costs.cluster import Cluster, Gpu
 from megatron_ext.costs.flops import model_flops_per_token
 from megatron_ext.costs.links import Links, Reach, reach_of
+from megatron_ext.costs.micro_batch import shape_of
 from megatron_ext.costs.states import recipe_of
 from megatron_ext.costs.tensors import (
     chunk_tensors,

@@ -4,8 +4,9 @@ import types
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from megatron_ext.model.norm import Norm
+from megatron_ext.model.norm import Norm, RowNorm
 
 
 def _config(kind: str, centered: bool):
@@ -45,3 +46,19 @@ def test_weight_is_marked_for_sequence_parallelism():
 def test_bfloat16_keeps_its_dtype():
     norm = Norm(_config("RMSNorm", False), 8)
     assert norm(torch.randn(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(512, 256), (5, 2, 63), (7, 3, 2, 8)])
+def test_sixteen_bits_stay_near_fp32(shape):
+    """Output and both gradients in bf16 are within 0.5% (in norm) of fp32 on the same numbers."""
+    torch.manual_seed(0)
+    x, grad = (torch.randn(shape).bfloat16() for _ in range(2))
+    weight = (torch.rand(shape[-1]) + 0.5).bfloat16()
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, w = (t.to(dtype).requires_grad_() for t in (x, weight))
+        fast = dtype == torch.bfloat16
+        out = RowNorm.apply(a, w, 1e-5) if fast else F.rms_norm(a, w.shape, w, 1e-5)
+        results.append((out, *torch.autograd.grad(out, (a, w), grad.to(dtype))))
+    for exact, got in zip(*results):
+        assert (got.float() - exact).norm() < 0.005 * exact.norm()

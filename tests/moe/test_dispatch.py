@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_ext.costs.cpu_blocks import block_rows
 from megatron_ext.moe.choice import Choice, counted, maps
-from megatron_ext.moe.feed_forward import block_rows, reference_swiglu_experts, swiglu_experts
+from megatron_ext.moe.feed_forward import reference_swiglu_experts, swiglu_experts
 from megatron_ext.moe.places import chunk_order, expert_order, in_blocks, without_blocks
 from megatron_ext.moe.rows import (
     collect,

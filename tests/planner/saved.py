@@ -3,6 +3,9 @@ weights."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +28,29 @@ def saved_bytes(chunk: nn.Module, run) -> int:
     return total
 
 
-def one_micro_batch(cfg, chunk: nn.Module, has_input: bool = False) -> int:
-    """`saved_bytes` of a random micro-batch through one model chunk.
+@contextlib.contextmanager
+def blocks_seen() -> Iterator[list[int]]:
+    """Fills with the rows of the experts' blocks, layer by layer."""
+    from megatron_ext.moe.experts import GroupedExperts
+
+    seen: list[int] = []
+    stock = GroupedExperts.forward
+
+    def forward(self, rows, *args):
+        if torch.is_grad_enabled():  # else it runs again in the backward pass, which keeps it
+            seen.append(rows.shape[0])
+        return stock(self, rows, *args)
+
+    GroupedExperts.forward = forward
+    try:
+        yield seen
+    finally:
+        GroupedExperts.forward = stock
+
+
+def one_micro_batch(cfg, chunk: nn.Module, has_input: bool = False) -> tuple[int, float | None]:
+    """`saved_bytes` of a random micro-batch through one model chunk, and the mean rows of the
+    experts' blocks in its layers (None without such).
 
     Args:
         has_input: the chunk gets hidden states from a stage before it.
@@ -44,4 +68,13 @@ def one_micro_batch(cfg, chunk: nn.Module, has_input: bool = False) -> int:
         inner = chunk.module if hasattr(chunk, "module") else chunk
         inner.set_input_tensor([hidden.requires_grad_()])
     chunk.train()
-    return saved_bytes(chunk, lambda: chunk(**inputs, **labels))
+
+    def forward() -> Tensor:
+        with blocks_seen() as seen:
+            out = chunk(**inputs, **labels)
+        rows.extend(seen)
+        return out
+
+    rows: list[int] = []
+    saved = saved_bytes(chunk, forward)
+    return saved, sum(rows) / len(rows) if rows else None
