@@ -15,8 +15,9 @@ pipeline stages do not overlap.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,8 @@ def routed_sums(routed: Routed, probs_BE: Tensor) -> Tensor:
     if routed.log_probs_TE is None:
         entropy = torch.special.entr(routed.probs_TE).sum()
     else:
-        entropy = -(routed.probs_TE * routed.log_probs_TE).sum()
+        logs_TE = routed.log_probs_TE.clamp(min=-1e4)  # 0 * -inf is not a number
+        entropy = -(routed.probs_TE * logs_TE).sum()
     return torch.cat((probs_BE.sum(dim=0), _of_logits(routed.logits_TE, entropy)))
 
 
@@ -115,26 +117,33 @@ class Tally:
         """Add this rank's share of an unscaled loss: shares sum over all ranks of the layer to the
         layer's loss.
         """
-        share = share.detach().double()
+        share = share.detach().double().view(1)
         self.losses[name] = self.losses[name] + share if name in self.losses else share
 
-    def row(self) -> Tensor:
-        """[width(E)]: counts, probabilities, score sums, tokens, routed assignments, and the losses
-        averaged over the micro-batches.
-        """
-        zero = torch.zeros((), dtype=torch.float64, device=self.counts_E.device)
-        losses = [self.losses.get(name, zero) / self.num_micro_batches for name in LOSS_NAMES]
-        counts_E = self.counts_E.double()
-        known = counts_E.new_tensor([self.num_tokens, self.num_routed])
-        if self.scores:
-            summed = torch.stack(self.scores).sum(dim=0, dtype=torch.float64)
-        else:
-            summed = counts_E.new_zeros(self.num_experts + len(SCORE_SUMS))
-        return torch.cat((counts_E, summed, known, torch.stack(losses)))
+    def pieces(self) -> list[Tensor]:
+        """One-dimensional tensors that make a row of `summed_rows`; a few micro-batches seen."""
+        zero = self.counts_E.new_zeros(1)
+        sums = self.scores or [self.counts_E.new_zeros(self.num_experts + len(SCORE_SUMS))]
+        if len(sums) > 1:
+            sums = [torch.stack(sums).sum(dim=0, dtype=torch.float64)]
+        return [self.counts_E, *sums, *(self.losses.get(name, zero) for name in LOSS_NAMES)]
+
+
+def summed_rows(seen: Sequence[Tally]) -> Tensor:
+    """[n, width(E)] float64: counts, probabilities, score sums, tokens, routed assignments, and the
+    losses averaged over the micro-batches, of n tallies that have seen some. One concatenation,
+    whatever n is.
+    """
+    flat = torch.cat([piece.double() for tally in seen for piece in tally.pieces()])
+    table = flat.view(len(seen), -1)
+    known = [(one.num_tokens, one.num_routed, one.num_micro_batches) for one in seen]
+    known = torch.tensor(known, dtype=torch.float64).to(flat.device)
+    sums, losses = table.split((table.shape[1] - len(LOSS_NAMES), len(LOSS_NAMES)), dim=1)
+    return torch.cat((sums, known[:, :2], losses / known[:, 2:]), dim=1)
 
 
 def width(num_experts: int) -> int:
-    """Numbers in a `Tally.row`."""
+    """Numbers in a row of `summed_rows`."""
     return 2 * num_experts + len(SCORE_SUMS) + 2 + len(LOSS_NAMES)
 
 
@@ -175,19 +184,29 @@ class RoutingRecord:
         """Experts of a layer."""
         return self.counts_LE.shape[1]
 
+    @cached_property
+    def _num_moe(self) -> int:
+        return int(self.is_moe_L.sum())
+
     def mean_loss(self, name: str) -> float:
         """Mean over the MoE layers, as Megatron-LM logs it; 0 where no layer has this loss."""
-        num_moe = int(self.is_moe_L.sum())
-        return float(self.losses_L[name].sum()) / num_moe if num_moe else 0.0
+        return float(self.losses_L[name].sum()) / self._num_moe if self._num_moe else 0.0
 
     def mean_of_layers(self, values_L: Tensor) -> float:
         """Mean over the MoE layers; 0 without one."""
-        return float(values_L[self.is_moe_L].double().mean()) if self.is_moe_L.any() else 0.0
+        if not self._num_moe:
+            return 0.0
+        has_dense = self._num_moe < len(self.is_moe_L)
+        return float((values_L[self.is_moe_L] if has_dense else values_L).double().mean())
 
     def max_violation_L(self) -> Tensor:
         """MaxVio = max load / mean load - 1 per layer (Wang et al. 2024, arXiv:2408.15664); 0 in
         dense layers.
         """
+        return self._max_violation_L
+
+    @cached_property
+    def _max_violation_L(self) -> Tensor:
         mean = self.counts_LE.mean(dim=1).clamp(min=1e-9)
         return torch.where(
             self.is_moe_L, self.counts_LE.amax(dim=1) / mean - 1, torch.zeros(()).double()
@@ -195,10 +214,18 @@ class RoutingRecord:
 
     def dead_experts_L(self) -> Tensor:
         """Number of experts of each layer that got no token of the global batch."""
+        return self._dead_experts_L
+
+    @cached_property
+    def _dead_experts_L(self) -> Tensor:
         return ((self.counts_LE == 0) & self.is_moe_L[:, None]).sum(dim=1)
 
     def load_entropy_share_L(self) -> Tensor:
         """Entropy of the load / ln E: 1 even, 0 all tokens to one expert; 0 in dense layers."""
+        return self._load_entropy_share_L
+
+    @cached_property
+    def _load_entropy_share_L(self) -> Tensor:
         total = self.counts_LE.sum(dim=1, keepdim=True).clamp(min=1e-9)
         return entropy(self.counts_LE / total) / math.log(max(self.num_experts, 2))
 
@@ -289,15 +316,28 @@ def table_to_record(table: Tensor, num_experts: int, num_ranks: int = 1) -> Rout
     )
 
 
+def _tallies_of(chunk: nn.Module, num_layers: int) -> list[tuple[int, Tally]]:
+    """`tallies` of one chunk; its modules are looked through once."""
+    known = chunk.__dict__.get("_tallies")
+    if known is None:
+        known = chunk.__dict__["_tallies"] = list(tallies([chunk], num_layers))
+    return known
+
+
 def collect(
     chunks: Iterable[nn.Module], num_layers: int, num_mtp_layers: int, num_experts: int, device
 ) -> RoutingRecord:
     """Sum all tallies over all ranks (one all-reduce of L x (2E + 9) numbers) and clear them."""
     shape = (num_layers + num_mtp_layers, width(num_experts))
     table = torch.zeros(shape, dtype=torch.float64, device=device)
-    for row, tally in tallies(chunks, num_layers):
-        if tally.num_micro_batches:
-            table[row] += tally.row()
+    known = [one for chunk in chunks for one in _tallies_of(chunk, num_layers)]
+    seen = [(row, tally) for row, tally in known if tally.num_micro_batches]
+    if seen:
+        rows = torch.tensor([row for row, _ in seen], device=device)
+        table.index_add_(0, rows, summed_rows([tally for _, tally in seen]))
+        for _, tally in seen:
             tally.clear()
-    torch.distributed.all_reduce(table)
-    return table_to_record(table.cpu(), num_experts, torch.distributed.get_world_size())
+    world = torch.distributed.get_world_size()
+    if world > 1:
+        torch.distributed.all_reduce(table)
+    return table_to_record(table.cpu(), num_experts, world)

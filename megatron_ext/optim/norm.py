@@ -16,8 +16,17 @@ ROW = 1 << 12
 
 
 def runs(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Flat views over contiguous tensors; those that lie side by side in memory become one."""
-    placed = sorted(tensors, key=lambda one: one.data_ptr())
+    """Flat views over contiguous tensors; those that lie side by side in a storage become one.
+
+    Storages come in the order of `tensors`, not of their addresses, which change from run to run
+    and with them the last bit of a sum.
+    """
+    storages: dict[int, int] = {}
+    for one in tensors:
+        storages.setdefault(one.untyped_storage().data_ptr(), len(storages))
+    placed = sorted(
+        tensors, key=lambda one: (storages[one.untyped_storage().data_ptr()], one.storage_offset())
+    )
     first: Tensor | None = None
     count = 0
     for one in placed:

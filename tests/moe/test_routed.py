@@ -84,6 +84,8 @@ def _seen(kind, config, groups, dtype, group_score_experts, is_wide: bool = Fals
     """
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+    from megatron_ext.moe.stats import summed_rows
+
     MoEAuxLossAutoScaler.main_loss_backward_scale = torch.tensor(3.0)
     router = _router(kind, config, groups, group_score_experts)
     if is_wide:
@@ -105,7 +107,7 @@ def _seen(kind, config, groups, dtype, group_score_experts, is_wide: bool = Fals
         out["to bias"] = router.bias.grad.float()
     if router.expert_bias is not None:
         out["counts for bias"] = router.local_tokens_per_expert
-    out["tally"] = router.tally.row()
+    out["tally"] = summed_rows([router.tally])
     return {name: value.numpy() for name, value in out.items()}
 
 

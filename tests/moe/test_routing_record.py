@@ -90,12 +90,15 @@ def _spy(chunks, num_layers: int) -> list:
 
 
 def _record(router, row: int, seen: list) -> None:
+    from megatron_ext.moe.choice import Choice, maps
+
     stock = router.routing
 
     def routing(logits, padding_mask=None):
         probs, chosen = stock(logits, padding_mask=padding_mask)
         if torch.is_grad_enabled():
-            seen.append((row, logits.detach().flatten(0, 1).double().numpy(), chosen.numpy()))
+            map_TE = maps(chosen)[1] if isinstance(chosen, Choice) else chosen
+            seen.append((row, logits.detach().flatten(0, 1).double().numpy(), map_TE.numpy()))
         return probs, chosen
 
     router.routing = routing

@@ -11,6 +11,7 @@ from megatron_ext.moe.stats import (
     RoutingRecord,
     Tally,
     mutual_information,
+    summed_rows,
     table_to_record,
     width,
 )
@@ -26,7 +27,7 @@ def test_tally_counts_micro_batches_and_averages_losses():
         tally.add_routing(routing_map, 4)
         tally.add_loss("z_loss", torch.tensor(float(i + 1)))
         tally.add_scores(torch.zeros(2, 3), "softmax")
-    row = tally.row()
+    (row,) = summed_rows([tally])
     assert len(row) == width(3)
     assert row[:3].tolist() == [2, 3, 2]
     assert row[3:6].tolist() == pytest.approx([4 / 3] * 3)

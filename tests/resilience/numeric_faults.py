@@ -79,9 +79,9 @@ def _experts(plan: _Planted, stock: Callable) -> Callable:
         out, bias = stock(self, x_TH, tokens_per_expert, probs_T)
         hit = plan.strikes("expert", id(self), self.layer_of_test)
         if hit:
-            ends = torch.cumsum(tokens_per_expert, 0).tolist()
-            out = out.clone()
-            out[ends[hit.expert % self.num_local_experts] - 1] = float("inf")
+            starts = (torch.cumsum(tokens_per_expert, 0) - tokens_per_expert).tolist()
+            out = out.clone()  # the first row of a block is a token's, the last may be padding
+            out[starts[hit.expert % self.num_local_experts]] = float("inf")
         return out, bias
 
     return run
