@@ -6,9 +6,9 @@
 
 A shape is tokens, hidden size, expert width, experts, top-k. Each candidate is a process of its
 own; rounds are interleaved. FLOPs: 6 * tokens * top-k * hidden * width forward, twice that
-backward; the router is not counted. 'grouped product' is torch.nn.functional.grouped_mm of the
-same rows in `experts` equal groups (both products of a SwiGLU expert), 'dense product' the same
-FLOPs with one weight matrix: what the expert products could reach.
+backward; the router is not counted. 'grouped product' is torch.nn.functional.grouped_mm of
+tokens * top-k rows in `experts` equal groups (the three products of a SwiGLU expert), 'dense
+product' the same FLOPs with one weight for all rows: what the expert products could reach.
 """
 
 from __future__ import annotations
@@ -74,6 +74,9 @@ def candidates(args: argparse.Namespace, device: str) -> list[Candidate]:
         Candidate("dense product", "layer_worker", "dense", threads=args.threads),
         Candidate("grouped product", "layer_worker", "grouped", threads=args.threads),
     ]
+    if device == "cuda":
+        label = "ours, --moe-kernels triton"
+        found.insert(1, Candidate(label, "layer_worker", "ours triton", threads=args.threads))
     if args.peers or args.only:
         python = peers_python(args.peers_python)
         found += [
@@ -122,6 +125,7 @@ def measured_shape(args: argparse.Namespace, numbers: tuple[int, ...], device: s
         "dtype": args.dtype,
         "threads": args.threads,
         "device": device,
+        "tune": args.tune_peers,
     }
     with started(candidates(args, device), spec, SECONDS_TO_LOAD, args.warm) as all_:
         results = interleaved(all_, args.rounds, args.steps, SECONDS_OF_A_TURN)
@@ -157,6 +161,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--peers", action="store_true", help="measure the peers as well")
     parser.add_argument("--only", nargs="+", help="peers whose label has this in it, or: all")
     parser.add_argument("--peers-python", help="interpreter with requirements-peers.txt")
+    parser.add_argument(
+        "--tune-peers", action="store_true", help="allocator and oneDNN settings of ours for peers"
+    )
     parser.add_argument("--json", help="file to write")
     args = parser.parse_args(argv)
     given = [tuple(map(int, text.split(","))) for text in args.shape or []]
@@ -177,7 +184,8 @@ def main(argv: list[str]) -> int:
                 "candidates": [as_json(result, shape) for result in results],
             }
         )
-    table.write_json(args.json, {"table": "layer", "dtype": args.dtype, "shapes": found})
+    content = {"table": "layer", "dtype": args.dtype, "tuned_peers": args.tune_peers}
+    table.write_json(args.json, {**content, "shapes": found})
     return int(is_bad)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tests.bench.gate import Gate
 from tests.bench.peers.catalogue import PEERS
+from tests.bench.peers.training import tune
 from tests.bench.shapes import Shape
 
 
@@ -29,18 +30,18 @@ def _output(result: Any) -> Tensor:
 
 
 class Dense(nn.Module):
-    """The experts' products with one weight for all rows: top-k rows of a token, no routing."""
+    """The experts' products with one weight for all rows: no routing, no activation."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.topk = shape.topk
-        self.up = nn.Parameter(torch.randn(shape.hidden, 2 * shape.width) * 0.02)
+        self.gate, self.up = (
+            nn.Parameter(torch.randn(shape.hidden, shape.width) * 0.02) for _ in range(2)
+        )
         self.down = nn.Parameter(torch.randn(shape.width, shape.hidden) * 0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, H]; the gate is not applied, so that products alone are timed."""
-        rows = x.repeat(self.topk, 1)
-        return (rows @ self.up)[:, : self.down.shape[0]] @ self.down
+    def forward(self, rows: Tensor) -> Tensor:
+        """rows [T * K, H]; gate and up are only added, so that products alone are timed."""
+        return torch.addmm(rows @ self.gate, rows, self.up) @ self.down
 
 
 class Grouped(nn.Module):
@@ -48,18 +49,18 @@ class Grouped(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.topk, experts = shape.topk, shape.experts
-        self.up = nn.Parameter(torch.randn(experts, shape.hidden, 2 * shape.width) * 0.02)
+        experts = shape.experts
+        self.gate, self.up = (
+            nn.Parameter(torch.randn(experts, shape.hidden, shape.width) * 0.02) for _ in range(2)
+        )
         self.down = nn.Parameter(torch.randn(experts, shape.width, shape.hidden) * 0.02)
-        rows = shape.tokens * shape.topk
-        ends = torch.arange(1, experts + 1) * rows // experts
+        ends = torch.arange(1, experts + 1) * (shape.tokens * shape.topk) // experts
         self.register_buffer("ends", ends.to(torch.int32), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, H]."""
-        rows = x.repeat(self.topk, 1)
-        middle = F.grouped_mm(rows, self.up, offs=self.ends)[:, : self.down.shape[1]]
-        return F.grouped_mm(middle.contiguous(), self.down, offs=self.ends)
+    def forward(self, rows: Tensor) -> Tensor:
+        """rows [T * K, H]."""
+        gate, up = (F.grouped_mm(rows, w, offs=self.ends) for w in (self.gate, self.up))
+        return F.grouped_mm(gate + up, self.down, offs=self.ends)
 
 
 def _ours(
@@ -87,6 +88,7 @@ def _ours(
         f" --max-position-embeddings {shape.sequence} --micro-batch-size {shape.batch}"
         f" --global-batch-size {shape.batch} --train-iters 1 --lr 1e-3 --eval-iters 0"
         f" --{'bf16' if spec['dtype'] == 'bf16' else 'no-bf16'}"
+        f" --moe-kernels {spec.get('kernels', 'torch')}"
     ).split()
     cfg = parse([*flags, "--run-dir", tempfile.mkdtemp(dir=spec["folder"])])
     stack.enter_context(process_groups(cfg.parallel, device, cfg.train.seed))
@@ -95,7 +97,7 @@ def _ours(
         m for m in chunk.modules() if type(m).__name__ == "MoELayer" or hasattr(m, "router")
     )
     inner.train()
-    return inner, lambda x_BSH: inner(x_BSH.transpose(0, 1).contiguous())
+    return inner, lambda x: inner(x.view(shape.sequence, shape.batch, shape.hidden))
 
 
 def _peer(name: str, shape: Shape, spec: dict[str, Any], gate: Gate) -> tuple[nn.Module, Callable]:
@@ -108,14 +110,14 @@ def _peer(name: str, shape: Shape, spec: dict[str, Any], gate: Gate) -> tuple[nn
     return made, torch.compile(made) if peer.is_compiled else made
 
 
-def _floor(name: str, shape: Shape, spec: dict[str, Any], gate: Gate):
+def _floor(name: str, shape: Shape, spec: dict[str, Any], gate: Gate) -> tuple[nn.Module, Callable]:
     gate.imported()
     made = (Dense if name == "dense" else Grouped)(shape)
     dtype = torch.bfloat16 if spec["dtype"] == "bf16" else torch.float32
     made.to(spec["device"])
     for p in made.parameters():
         p.data = p.data.to(dtype)
-    return made, lambda x: made(x.flatten(0, 1))
+    return made, made
 
 
 def run(name: str, spec: dict[str, Any], gate: Gate) -> None:
@@ -123,15 +125,22 @@ def run(name: str, spec: dict[str, Any], gate: Gate) -> None:
     device, shape, stack = spec["device"], Shape(**spec["shape"]), contextlib.ExitStack()
     torch.set_num_threads(int(spec["threads"]))
     torch.manual_seed(1234)
+    is_floor = name in ("dense", "grouped")
+    if device == "cpu" and (is_floor or spec["tune"]):
+        tune()
     if name == "ours":
         made, call = _ours(shape, spec, gate, stack)
-    elif name in ("dense", "grouped"):
+    elif name == "ours triton":
+        made, call = _ours(shape, spec | {"kernels": "triton"}, gate, stack)
+    elif is_floor:
         made, call = _floor(name, shape, spec, gate)
     else:
         made, call = _peer(name, shape, spec, gate)
     gate.facts["parameters"] = sum(p.numel() for p in made.parameters())
     dtype = torch.bfloat16 if spec["dtype"] == "bf16" else torch.float32
     size = (shape.batch, shape.sequence, shape.hidden)
+    if is_floor:
+        size = (shape.tokens * shape.topk, shape.hidden)
     x = torch.randn(size).to(dtype).to(device).requires_grad_()
     weights = torch.randn(size).to(dtype).to(device)
     forward: list[float] = []
@@ -157,7 +166,7 @@ def run(name: str, spec: dict[str, Any], gate: Gate) -> None:
         y = _output(call(x))
         _sync(device)
         middle = time.perf_counter()
-        y.backward(weights.view_as(y) if y.shape != weights.shape else weights)
+        y.backward(weights.view_as(y))
         _sync(device)
         backward.append(time.perf_counter() - middle)
         forward.append(middle - begin)

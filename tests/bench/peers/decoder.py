@@ -28,6 +28,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
+def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """grouped_mm of rows [N, in] sorted by group, weights [E, in, out], ends [E] int32.
+
+    torch.compile takes it in bf16 only; in other precisions the compiled graph breaks around it.
+    """
+    call = F.grouped_mm if rows.dtype == torch.bfloat16 else _grouped_mm_in_eager
+    return call(rows, weights, offs=ends)
+
+
+@torch.compiler.disable
+def _grouped_mm_in_eager(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    return F.grouped_mm(rows, weights, offs=offs)
+
+
 class Attention(nn.Module):
     """Causal attention of `heads` heads."""
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.bench.gate import Gate
-from tests.bench.peers.decoder import Decoder
+from tests.bench.peers.decoder import Decoder, grouped_product
 from tests.bench.peers.training import initialise
 from tests.bench.shapes import Shape
 
@@ -37,8 +37,8 @@ class MoE(nn.Module):
         counts_E = torch.bincount(flat_N, minlength=self.experts)
         ends_E = counts_E.cumsum(0).to(torch.int32)
         gathered_NH = x_TH[order_N // self.topk]
-        gate, up = F.grouped_mm(gathered_NH, self.up_EHF, offs=ends_E).chunk(2, dim=-1)
-        out_NH = F.grouped_mm(F.silu(gate) * up, self.down_EFH, offs=ends_E)
+        gate, up = grouped_product(gathered_NH, self.up_EHF, ends_E).chunk(2, dim=-1)
+        out_NH = grouped_product(F.silu(gate) * up, self.down_EFH, ends_E)
         back_N = torch.empty_like(order_N).scatter_(
             0, order_N, torch.arange(order_N.numel(), device=x.device)
         )

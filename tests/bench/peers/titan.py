@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.bench.gate import Gate
-from tests.bench.peers.decoder import Decoder
+from tests.bench.peers.decoder import Decoder, grouped_product
 from tests.bench.peers.training import initialise
 from tests.bench.shapes import Shape
 
@@ -47,12 +47,9 @@ class Titan(nn.Module):
 def _without_casts(experts, x_RD: Tensor, counts_E: Tensor) -> Tensor:
     """GroupedExperts.forward in the precision of the weights."""
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
-
-    def product(rows: Tensor, weight: Tensor) -> Tensor:
-        return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends_E)
-
-    h_RF = F.silu(product(x_RD, experts.w1_EFD)) * product(x_RD, experts.w3_EFD)
-    return product(h_RF, experts.w2_EDF)
+    up, gate, down = (w.transpose(-2, -1) for w in (experts.w3_EFD, experts.w1_EFD, experts.w2_EDF))
+    h_RF = F.silu(grouped_product(x_RD, gate, ends_E)) * grouped_product(x_RD, up, ends_E)
+    return grouped_product(h_RF, down, ends_E)
 
 
 def _make(shape: Shape, variant: str) -> nn.Module:
