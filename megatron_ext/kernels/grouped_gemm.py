@@ -14,8 +14,8 @@ Here the tile is as low as 16 rows, and fp32 and older GPUs keep clear of the ho
 
 Numerics: products of bf16 accumulate in fp32 and are rounded once; fp32 is exact fp32 unless
 `torch.set_float32_matmul_precision` allows TF32. The block along each sum is the same in every
-configuration of the tuner. The interpreter multiplies bf16 as integers (Triton 3.9), so there, and
-only there, WIDENED turns the factors into fp32 first: the same exact products.
+configuration of the tuner. The interpreter multiplies bf16 as integers (Triton 3.7 and 3.9), so
+there, and only there, WIDENED turns the factors into fp32 first: the same exact products.
 """
 
 from __future__ import annotations

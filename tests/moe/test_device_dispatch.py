@@ -103,7 +103,7 @@ def differences(flags: list[str], device: str = "cpu") -> dict:
             use_device_dispatch(layer)
             assert isinstance(layer.token_dispatcher, DeviceDispatcher)
             got = _seen(layer, x, up)  # before the watch: the tuner waits
-            if layer.token_dispatcher.is_local and name == "plain":
+            if layer.token_dispatcher.is_local:
                 got = _seen(layer, x, up, watch)
             found[name] = {
                 key: ((got[key] - value).norm().item(), value.norm().item())
