@@ -11,6 +11,7 @@ observe      what watching costs
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -33,7 +34,9 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] not in names:
         print(f"usage: python -m tests.bench {{{','.join(names)}}} [options]", file=sys.stderr)
         return 64
-    if argv[0] not in OF_WORKERS:
+    if argv[0] in OF_WORKERS:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the candidates end with us
+    else:
         start("cpu")  # before anything imports megatron-core
     rest = [word for word in argv[1:] if argv[0] not in WITHOUT_PEERS or word != "--peers"]
     return import_module(f"tests.bench.{argv[0]}").main(rest) or 0
