@@ -81,6 +81,7 @@ def _end_its_manager() -> None:
 
 
 def try_mcore(run, folder: Path) -> tuple[dict[str, float], str]:
+    """Its figures, or none and why it does not run."""
     try:
         return _mcore(run, folder), ""
     except Exception as error:  # whatever it raises is the finding
