@@ -13,6 +13,7 @@ from megatron_ext.costs.micro_batch import FP32, Shape, norm_bytes
 
 
 def attention(cfg: RunConfig, s: Shape, index: int) -> dict[str, int]:
+    """Part -> bytes of grouped-query attention in layer `index`."""
     t = cfg.transformer
     D, N = t.kv_channels, t.num_attention_heads // s.tp
     G = max(1, t.num_query_groups // s.tp)
@@ -107,6 +108,7 @@ def _core(s: Shape, N: int, G: int, D: int, V: int, cfg: RunConfig, index: int, 
 
 
 def latent_attention(cfg: RunConfig, s: Shape, index: int) -> dict[str, int]:
+    """Part -> bytes of multi-latent attention in layer `index`."""
     t = cfg.transformer
     N, rank = t.num_attention_heads // s.tp, t.kv_lora_rank
     D, V = t.qk_head_dim + t.qk_pos_emb_head_dim, t.v_head_dim
