@@ -5,6 +5,7 @@ import torch
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from torch.nn import functional as F
 
+from megatron_ext.costs import cpu_blocks
 from megatron_ext.costs.attention_activations import kept_score_share
 from megatron_ext.model import causal
 from megatron_ext.model.blockwise import BlockwiseAttention, Form, ProjectedAttention
@@ -76,7 +77,7 @@ def test_sixteen_bits_stay_near_fp32(length, monkeypatch):
     """In bf16 every tensor is within 1% (in norm) of attention in fp32 on the same numbers, with
     gradients of keys summed in bf16 (4 blocks) and by way of fp32 (10 blocks)."""
     if length == 600:
-        monkeypatch.setattr(causal, "BLOCKS", 10)
+        monkeypatch.setattr(cpu_blocks, "BLOCKS", 10)
     torch.manual_seed(2)
     parts = [torch.randn(length, 1, heads, 16).bfloat16() for heads in (4, 2, 2)]
     grad = torch.randn(length, 1, 64).bfloat16()
