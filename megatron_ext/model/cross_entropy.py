@@ -124,10 +124,11 @@ class Statistics:
 
 
 def put(into: Tensor, place_T: Tensor, is_here_T: Tensor, value_T: Tensor) -> None:
-    """into[t, place[t]] = value[t] where is_here[t]."""
-    place = place_T[:, None]
-    old = into.gather(1, place)
-    into.scatter_(1, place, torch.where(is_here_T[:, None], value_T[:, None].to(into.dtype), old))
+    """into[t, place[t]] = value[t] where is_here[t]. Not by `scatter_`, which takes a copy of 16-bit
+    tensors in fp32 on a CPU.
+    """
+    at = (torch.arange(len(place_T), device=into.device), place_T)
+    into.index_put_(at, torch.where(is_here_T, value_T.to(into.dtype), into[at]))
 
 
 def look_at_rows(
