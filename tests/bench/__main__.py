@@ -1,6 +1,7 @@
 """python -m tests.bench TABLE [options]: runs tests/bench/TABLE.py; each has --help.
 
 step         the whole training step, ours and what people would use instead (--peers)
+parts        where the time of a step goes, beside the floor of each part
 layer        one MoE layer forward and backward, on a CPU or a GPU (--peers)
 collectives  collectives of gloo, plain and ours
 checkpoint   how long a save stops training, and how fast it reaches the disk
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from megatron_ext.device import start
 
-TABLES = ("step", "layer", "collectives", "checkpoint", "data", "start", "observe")
+TABLES = ("step", "parts", "layer", "collectives", "checkpoint", "data", "start", "observe")
 OF_WORKERS = ("step", "layer")
 """Their candidates are processes that choose a device for themselves."""
 WITHOUT_PEERS = ("collectives", "data", "start", "observe")
