@@ -124,8 +124,8 @@ class Statistics:
 
 
 def put(into: Tensor, place_T: Tensor, is_here_T: Tensor, value_T: Tensor) -> None:
-    """into[t, place[t]] = value[t] where is_here[t]. Not by `scatter_`, which on a CPU makes an fp32
-    copy of all of a 16-bit tensor.
+    """into[t, place[t]] = value[t] where is_here[t]. Not by `scatter_`, which on a CPU makes a copy
+    of all of a 16-bit tensor in fp32.
     """
     at = (torch.arange(len(place_T), device=into.device), place_T)
     into.index_put_(at, torch.where(is_here_T, value_T.to(into.dtype), into[at]))

@@ -53,29 +53,33 @@ def _ranged(owner: Any, name: str, part: str) -> None:
     setattr(owner, name, run)
 
 
-def mark(state: Any) -> None:
-    """Ranges around the parts of the chunks and the optimizer of a training state."""
+def _mark_module(name: str, module: Any) -> None:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     from megatron_ext.model.norm import Norm
 
+    if isinstance(module, MoELayer):
+        _ranged(module.router, "forward", "router")
+        _ranged(module.experts, "forward", "experts")
+        for call, part in OF_DISPATCHER.items():
+            _ranged(module.token_dispatcher, call, part)
+    elif isinstance(module, Norm):
+        _ranged(module, "forward", "norms")
+    elif name.endswith("self_attention"):
+        _ranged(module, "forward", "attention")
+    elif name.endswith("module.embedding"):
+        _ranged(module, "forward", "embedding")
+    elif name.endswith("output_layer"):
+        _ranged(module, "forward", "output and loss")
+    elif hasattr(module, "compute_language_model_loss"):
+        _ranged(module, "compute_language_model_loss", "output and loss")
+
+
+def mark(state: Any) -> None:
+    """Ranges around the parts of the chunks and the optimizer of a training state."""
     for chunk in state.chunks:
         for name, module in chunk.named_modules():
-            if isinstance(module, Norm):
-                _ranged(module, "forward", "norms")
-            elif name.endswith("self_attention"):
-                _ranged(module, "forward", "attention")
-            elif name.endswith("module.embedding"):
-                _ranged(module, "forward", "embedding")
-            elif name.endswith("output_layer"):
-                _ranged(module, "forward", "output and loss")
-            elif hasattr(module, "compute_language_model_loss"):
-                _ranged(module, "compute_language_model_loss", "output and loss")
-            elif isinstance(module, MoELayer):
-                _ranged(module.router, "forward", "router")
-                _ranged(module.experts, "forward", "experts")
-                for call, part in OF_DISPATCHER.items():
-                    _ranged(module.token_dispatcher, call, part)
+            _mark_module(name, module)
     for call in ("prepare_grads", "get_grad_norm", "step_with_ready_grads"):
         _ranged(state.optimizer, call, "optimizer")
 
