@@ -159,8 +159,9 @@ def kept(
     total = sum(parts.values())
     gone = {name for module in modules for name in RECOMPUTED.get(module, ())}
     total -= sum(parts.get(name, 0) for name in gone)
-    if "layernorm" in modules and norm_bytes(cfg, s, s.H) > 2 * s.H * s.w:
-        # fp32 copies go, and an output; where a norm keeps its input, that stays in its place
+    if "layernorm" in modules and (s.te or not s.cpu):
+        # its output goes as well; its input takes one of their places. Ours on a CPU keeps no more
+        # than its input, which stays where the output was
         total -= s.t * s.H * s.w
     if "core_attn" in modules and "core_attention" in parts:
         total += attention_inputs(cfg, s, parts)
