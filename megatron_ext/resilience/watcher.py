@@ -201,9 +201,13 @@ class Watcher:
         while time.monotonic() < deadline and not self._text.exists():
             time.sleep(0.02)
         if not path.exists() or not path.stat().st_size:
-            with path.open("w") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
+            self._write_own_stack()
         os._exit(HangError.code)
+
+    def _write_own_stack(self) -> None:
+        """Not by the signal, whose handler would walk this thread's frames while they change."""
+        with stacks.stack_path(self._logs, self._rank).open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
 
     def _lead(self, now: float) -> None:
         """Say what is wrong and end the run; returns only where another rank was first."""
@@ -255,6 +259,9 @@ class Watcher:
         """Stacks of the ranks of this host, and a word about those that cannot answer."""
         asked = []
         for rank, beat in beats.items():
+            if rank == self._rank:
+                self._write_own_stack()
+                continue
             is_stopped = heartbeat.process_state(beat.pid) in ("T", "t")
             if is_alive(beat, self._host) and not is_stopped and stacks.ask(beat.pid):
                 asked.append(rank)
