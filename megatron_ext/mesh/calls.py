@@ -1,8 +1,9 @@
 """Who wants to know of each collective and send, without touching the code that makes them.
 
 torch.distributed's functions, whoever bound them when, end in a method of `ProcessGroup` and then
-in `Work.wait`. `listening` replaces these methods of the two classes and puts them back on the way
-out; uses may nest. A call costs about two microseconds a listener.
+in `Work.wait`. `wrapping` replaces these methods of the two classes and puts them back on the way
+out; uses may nest. `listening` does it for those who want to be told, which costs about two
+microseconds a call.
 
     listener.now()                                   before and after, whatever it takes for a clock
     listener.called(op, group, args, work, t0, t1)   the method returned: it ran, or is under way
@@ -17,7 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from torch._C._distributed_c10d import ProcessGroup, Work
@@ -140,20 +142,33 @@ def _wait(listener: Listener, stock: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Within it, `listener` hears of every call."""
+def patched(methods: Mapping[tuple[type, str], Callable]) -> Iterator[None]:
+    """Within it, classes have these methods; (class, name) -> method."""
     # of the class's own dictionary: what getattr returns for a method of pybind11 does not bind
     # again when it is put back
-    stock = {name: vars(ProcessGroup)[name] for name in METHODS if name in vars(ProcessGroup)}
-    stock_waits = {kind: vars(kind)["wait"] for kind in WAITED}
+    stock = {(owner, name): vars(owner)[name] for owner, name in methods}
     try:
-        for name, method in stock.items():
-            setattr(ProcessGroup, name, _method(listener, METHODS[name], method))
-        for kind, wait in stock_waits.items():
-            kind.wait = _wait(listener, wait)
+        for (owner, name), method in methods.items():
+            setattr(owner, name, method)
         yield
     finally:
-        for kind, wait in stock_waits.items():
-            kind.wait = wait
-        for name, method in stock.items():
-            setattr(ProcessGroup, name, method)
+        for (owner, name), method in stock.items():
+            setattr(owner, name, method)
+
+
+def wrapping(
+    method: Callable[[str, Callable], Callable], wait: Callable[[Callable], Callable]
+) -> contextlib.AbstractContextManager[None]:
+    """Within it, each method of METHODS is `method(op, stock)`, each `wait` is `wait(stock)`."""
+    stock = vars(ProcessGroup)
+    ours = {
+        (ProcessGroup, name): method(op, stock[name])
+        for name, op in METHODS.items()
+        if name in stock
+    }
+    return patched(ours | {(kind, "wait"): wait(vars(kind)["wait"]) for kind in WAITED})
+
+
+def listening(listener: Listener) -> contextlib.AbstractContextManager[None]:
+    """Within it, `listener` hears of every call."""
+    return wrapping(partial(_method, listener), partial(_wait, listener))

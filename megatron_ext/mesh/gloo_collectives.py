@@ -25,7 +25,7 @@ from torch._C._distributed_c10d import AllgatherOptions, ProcessGroup, ReduceOp
 
 from megatron_ext.mesh import gloo_messages as messages
 from megatron_ext.mesh import host_collectives as host
-from megatron_ext.mesh.calls import Pending, is_heard
+from megatron_ext.mesh.calls import Pending, is_heard, patched
 from megatron_ext.mesh.same_host import MAX_RANKS, Channel, open_channel
 
 NAMES = {
@@ -205,16 +205,13 @@ def faster(kind: str, wait_s: float) -> Iterator[None]:
         return
     methods = vars(ProcessGroup)
     found = {ours: [name for name in names if name in methods] for ours, names in NAMES.items()}
-    replaced = {name: methods[name] for names in found.values() for name in names}
     stock = {ours: methods[names[0]] for ours, names in found.items()}
     stock |= {name: methods[name] for name in ("send", "recv")}
     collectives = Collectives(kind, stock, wait_s)
-    try:
-        for ours, names in found.items():
-            for name in names:
-                setattr(ProcessGroup, name, _method(getattr(collectives, ours), methods[name]))
+    made = {
+        (ProcessGroup, name): _method(getattr(collectives, ours), methods[name])
+        for ours, names in found.items()
+        for name in names
+    }
+    with contextlib.closing(collectives), patched(made):
         yield
-    finally:
-        collectives.close()
-        for name, method in replaced.items():
-            setattr(ProcessGroup, name, method)

@@ -21,13 +21,13 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._C._distributed_c10d import ProcessGroup, Work
 
-from megatron_ext.mesh.calls import METHODS, WAITED
+from megatron_ext.mesh.calls import wrapping
 from megatron_ext.resilience.heartbeat import OPS, POINT_TO_POINT, HeartbeatFile
 from megatron_ext.resilience.members import shorten
 
@@ -117,35 +117,13 @@ class Recorder:
         return result
 
 
-def _method(recorder: Recorder, op: str, stock: Callable) -> Callable:
-    def call(self, *args, **kwargs):
-        return recorder.call(op, stock, self, args, kwargs)
-
-    return call
-
-
-def _wait(recorder: Recorder, stock: Callable) -> Callable:
-    def wait(self, *args, **kwargs):
-        return recorder.wait(stock, self, args, kwargs)
-
-    return wait
-
-
-@contextlib.contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
+def recording(recorder: Recorder) -> contextlib.AbstractContextManager[None]:
     """Within it, every call goes through `recorder`."""
-    # of the class's own dictionary: what getattr returns for a method of pybind11 does not bind
-    # again when it is put back
-    stock = {name: vars(ProcessGroup)[name] for name in METHODS if name in vars(ProcessGroup)}
-    stock_waits = {kind: vars(kind)["wait"] for kind in WAITED}
-    try:
-        for name, method in stock.items():
-            setattr(ProcessGroup, name, _method(recorder, METHODS[name], method))
-        for kind, wait in stock_waits.items():
-            kind.wait = _wait(recorder, wait)
-        yield
-    finally:
-        for kind, wait in stock_waits.items():
-            kind.wait = wait
-        for name, method in stock.items():
-            setattr(ProcessGroup, name, method)
+
+    def method(op: str, stock: Callable) -> Callable:
+        return lambda group, *args, **kwargs: recorder.call(op, stock, group, args, kwargs)
+
+    def wait(stock: Callable) -> Callable:
+        return lambda work, *args, **kwargs: recorder.wait(stock, work, args, kwargs)
+
+    return wrapping(method, wait)

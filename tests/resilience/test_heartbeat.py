@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch._C._distributed_c10d import ProcessGroup, Work
 
+from megatron_ext.mesh.calls import METHODS
 from megatron_ext.mesh.forks import run_ranks
-from megatron_ext.resilience.collectives import METHODS, Recorder, recording
+from megatron_ext.resilience.collectives import Recorder, recording
 from megatron_ext.resilience.heartbeat import (
     NUM_ENTRIES,
     NUM_GROUPS,
