@@ -10,35 +10,23 @@ not serve (biases, other activations and dispatchers, padding to capacity) is re
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
+from megatron_ext.config.checks.kernels import FLAG, missing
 from megatron_ext.errors import ConfigError
 
 
-def has_triton() -> bool:
-    """Triton is installed; it is not imported."""
-    return importlib.util.find_spec("triton") is not None
-
-
 def uses_triton(asked: str, device_type: str) -> bool:
-    """True where the layer runs on the kernels; `asked` is --moe-kernels. A CPU has them only in
-    Triton's interpreter (TRITON_INTERPRET=1), for tests.
+    """True where the layer runs on the kernels; `asked` is --moe-kernels.
 
     Raises ConfigError where Triton or the device for it is missing.
     """
     if asked != "triton":
         return False
-    if not has_triton():
-        raise ConfigError(
-            "--moe-kernels triton needs Triton, which is not installed",
-            do="install a CUDA build of torch, which brings it, or use --moe-kernels torch",
-        )
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(
-            f"--moe-kernels triton needs a CUDA device; this run's is {device_type}",
-            do="use --moe-kernels torch",
-        )
+    not_cuda = "" if device_type == "cuda" else f"; this run's is {device_type}"
+    if lacking := missing(not_cuda, os.environ):
+        rule, use = lacking
+        raise ConfigError(f"{FLAG} triton {rule}", do=use)
     return True
 
 

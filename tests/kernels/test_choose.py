@@ -33,7 +33,7 @@ def test_torch_is_the_default():
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("interpreted", ["0", "1"])
 def test_triton_or_an_error(monkeypatch, installed, device, interpreted):
-    monkeypatch.setattr(choose, "has_triton", lambda: installed)
+    monkeypatch.setattr(checks, "find_spec", lambda name: installed or None)
     monkeypatch.setenv("TRITON_INTERPRET", interpreted)
     if installed and (device == "cuda" or interpreted == "1"):
         assert choose.uses_triton("triton", device)

@@ -16,6 +16,19 @@ FLAG = "--moe-kernels"
 TORCH = f"{FLAG} torch"
 
 
+def missing(not_cuda: str, environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """(rule, way out) of what the kernels need and this machine lacks: Triton, which is looked for
+    and not imported, or the device. `not_cuda` names a device that is none, "" for CUDA; a CPU has
+    the kernels only in Triton's interpreter (TRITON_INTERPRET=1), for tests.
+    """
+    if find_spec("triton") is None:
+        use = f"install a CUDA build of torch, which brings it, or use {TORCH}"
+        return "needs Triton, which is not installed", use
+    if not_cuda and environ.get("TRITON_INTERPRET") != "1":
+        return f"needs a CUDA device{not_cuda}", f"use {TORCH}"
+    return None
+
+
 def _unserved(cfg: RunConfig) -> Iterator[tuple[str, str]]:
     """(rule, way out) of everything in this configuration that the kernels do not compute."""
     t = cfg.transformer
@@ -46,8 +59,6 @@ def rules(cfg: RunConfig, environ: Mapping[str, str]) -> Iterator[Violation]:
         yield Violation(FLAG, "triton", rule, f"{use}, or {TORCH}")
     if cfg.action != "train":
         return
-    if find_spec("triton") is None:
-        use = f"install a CUDA build of torch, which brings it, or use {TORCH}"
-        yield Violation(FLAG, "triton", "needs Triton, which is not installed", use)
-    elif cfg.parallel.device == "cpu" and environ.get("TRITON_INTERPRET") != "1":
-        yield Violation(FLAG, "triton", "needs a CUDA device, not --device cpu", f"use {TORCH}")
+    not_cuda = ", not --device cpu" if cfg.parallel.device == "cpu" else ""
+    if lacking := missing(not_cuda, environ):
+        yield Violation(FLAG, "triton", *lacking)
