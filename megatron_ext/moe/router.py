@@ -67,10 +67,8 @@ class Router(StockRouter):
     def __init__(self, config, pg_collection=None, *, options: RouterOptions) -> None:
         super().__init__(config, pg_collection, options=options)
         self.rule = rule_of(self.config, self.router_replay)
-        self.coefficients = {
-            name: self.get_aux_loss_coeff(name)
-            for name in ("aux_loss", "seq_aux_loss", "global_aux_loss")
-        }
+        asked = {name: self.get_aux_loss_coeff(name) for name in LOGGED}
+        self.coefficients = {name: value for name, value in asked.items() if value > 0}
         self._hands_on = False
 
     @property
@@ -141,12 +139,11 @@ class Router(StockRouter):
         """d(all balance losses) / d(distribution), [E] or [B, E]; each loss goes into the tally.
         `probs_BE`: sums of the distribution over the tokens of each sample.
         """
-        wanted = {name: value for name, value in self.coefficients.items() if value > 0}
-        if not wanted:
+        if not self.coefficients:
             return None
         num_tokens, batch = routed.probs_TE.shape[0], probs_BE.shape[0]
         counts_E, parts = self._counts_of_losses(routed, counts_E), []
-        for name, coefficient in wanted.items():
+        for name, coefficient in self.coefficients.items():
             is_global, samples = name == "global_aux_loss", 1
             if name == "seq_aux_loss":
                 samples = batch
