@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from megatron_ext.kernels.grouped_gemm import rows_times_weights, weight_gradient
 from megatron_ext.kernels.order import Order
-from megatron_ext.kernels.rows import collect, spread
+from megatron_ext.kernels.rows import by_slot, collect, spread
 from megatron_ext.kernels.swiglu import swiglu_backward, swiglu_forward
 
 
@@ -98,10 +98,7 @@ class _Experts(torch.autograd.Function):
         grad_x = rows(grad_hidden, fc1_E2FH.flatten(1, 2), ends_E)
         if ctx.rows_TK is None:
             return grad_x, None, grad_fc1, grad_fc2, None, None, None, None
-        flat = ctx.rows_TK.reshape(-1)
-        grad_probs = grad_probs.index_select(0, flat.clamp(min=0)).masked_fill(flat < 0, 0)
-        grad_probs = grad_probs.view(ctx.rows_TK.shape)
-        grad_x = collect(grad_x, ctx.rows_TK)
+        grad_probs, grad_x = by_slot(grad_probs, ctx.rows_TK), collect(grad_x, ctx.rows_TK)
         return grad_x, grad_probs, grad_fc1, grad_fc2, None, None, None, None
 
 

@@ -175,6 +175,12 @@ def row_dots(y_RH: Tensor, other_TH: Tensor, rows_TK: Tensor, dtype: torch.dtype
     return out_TK
 
 
+def by_slot(values_R: Tensor, rows_TK: Tensor) -> Tensor:
+    """[T, K] values[rows[t, k]], zero where the assignment has no row."""
+    values_TK = values_R.index_select(0, rows_TK.reshape(-1).clamp(min=0)).view(rows_TK.shape)
+    return values_TK.masked_fill(rows_TK < 0, 0)
+
+
 def _rows_contiguous(matrix: Tensor) -> Tensor:
     """The matrix itself if its rows are contiguous (an expanded gradient's are not)."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
@@ -189,9 +195,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RH, grad_R):
         (rows_TK,) = ctx.saved_tensors
-        flat = rows_TK.reshape(-1)
-        grad_probs = grad_R.index_select(0, flat.clamp(min=0)).masked_fill(flat < 0, 0)
-        return collect(grad_RH, rows_TK), grad_probs.view(rows_TK.shape), None, None
+        return collect(grad_RH, rows_TK), by_slot(grad_R, rows_TK), None, None
 
 
 class _Unpermute(torch.autograd.Function):
