@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_ext.kernels.launch import INTERPRETED, bucket, precision, tuned
+from megatron_ext.kernels.launch import INTERPRETED, bucket, precision, rows_contiguous, tuned
 
 _TILES = (  # rows, columns, warps, stages
     (64, 128, 4, 3),
@@ -220,7 +220,7 @@ def rows_times_weights(
     """
     num_rows = a_RK.shape[0] if source_R is None else source_R.shape[0]
     num_experts, depth, width = b_EKN.shape
-    a_RK = a_RK if a_RK.stride(1) == 1 else a_RK.contiguous()
+    a_RK = rows_contiguous(a_RK)
     out_RN = a_RK.new_empty(num_rows, width)
     if not num_rows:
         return out_RN
@@ -260,8 +260,7 @@ def weight_gradient(
 ) -> Tensor:
     """dW[e] = sum over e's rows of grad[source r] (outer) x[source r]: [E, N, K]."""
     num_experts, width, depth = ends_E.shape[0], grad_RN.shape[1], x_RK.shape[1]
-    grad_RN = grad_RN if grad_RN.stride(1) == 1 else grad_RN.contiguous()
-    x_RK = x_RK if x_RK.stride(1) == 1 else x_RK.contiguous()
+    grad_RN, x_RK = rows_contiguous(grad_RN), rows_contiguous(x_RK)
     out_ENK = x_RK.new_empty(num_experts, width, depth)
     rows = x_RK.shape[0] if x_source_R is None else x_source_R.shape[0]
 

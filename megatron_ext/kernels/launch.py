@@ -38,3 +38,8 @@ def precision(tensor: Tensor) -> str:
     """What tl.dot does with fp32: torch's own setting. bf16 always accumulates in fp32."""
     exact = tensor.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"
+
+
+def rows_contiguous(matrix: Tensor) -> Tensor:
+    """The matrix itself if its rows are contiguous (an expanded gradient's are not)."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

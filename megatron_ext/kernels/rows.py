@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_ext.kernels.launch import tuned
+from megatron_ext.kernels.launch import rows_contiguous, tuned
 
 _CONFIGS = [
     triton.Config({"BLOCK_H": block}, num_warps=warps)
@@ -116,7 +116,7 @@ def spread(
 ) -> tuple[Tensor, Tensor | None]:
     """([R, H] the token of each row, times its weight if given; [R] the copied weights or None)."""
     assert weights_TK is None or copied_TK is None, "one table of weights: scale with it or copy it"
-    x_TH = _rows_contiguous(x_TH)
+    x_TH = rows_contiguous(x_TH)
     num_rows, hidden = slots_R.shape[0], x_TH.shape[1]
     out_RH = x_TH.new_empty(num_rows, hidden)
     weights = copied_TK if weights_TK is None else weights_TK
@@ -139,7 +139,7 @@ def spread(
 
 def collect(y_RH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
     """[T, H] the sum over k of (weights[t, k] *) y[rows[t, k]]."""
-    y_RH = _rows_contiguous(y_RH)
+    y_RH = rows_contiguous(y_RH)
     (num_tokens, topk), hidden = rows_TK.shape, y_RH.shape[1]
     out_TH = y_RH.new_empty(num_tokens, hidden)
     if num_tokens:
@@ -158,7 +158,7 @@ def collect(y_RH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -> 
 
 def row_dots(y_RH: Tensor, other_TH: Tensor, rows_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """[T, K] <y[rows[t, k]], other[t]>."""
-    y_RH, other_TH = _rows_contiguous(y_RH), _rows_contiguous(other_TH)
+    y_RH, other_TH = rows_contiguous(y_RH), rows_contiguous(other_TH)
     out_TK = torch.empty(rows_TK.shape, dtype=dtype, device=y_RH.device)
     if out_TK.numel():
         _row_dots[(out_TK.numel(),)](
@@ -179,11 +179,6 @@ def by_slot(values_R: Tensor, rows_TK: Tensor) -> Tensor:
     """[T, K] values[rows[t, k]], zero where the assignment has no row."""
     values_TK = values_R.index_select(0, rows_TK.reshape(-1).clamp(min=0)).view(rows_TK.shape)
     return values_TK.masked_fill(rows_TK < 0, 0)
-
-
-def _rows_contiguous(matrix: Tensor) -> Tensor:
-    """The matrix itself if its rows are contiguous (an expanded gradient's are not)."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 class _Permute(torch.autograd.Function):

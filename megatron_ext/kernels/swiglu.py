@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_ext.kernels.launch import rows_contiguous
+
 BLOCK_F = 1024
 """Columns of a pass over a row; the row's sum (the probability's gradient) depends on it alone."""
 
@@ -109,7 +111,7 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(gradient of hidden [R, 2, F], of the probabilities [R], the forward's output if `again`)."""
     num_rows, _, width = hidden_R2F.shape
-    grad_RF = grad_RF if grad_RF.stride(1) == 1 else grad_RF.contiguous()
+    grad_RF = rows_contiguous(grad_RF)
     grad_hidden, grad_probs = torch.empty_like(hidden_R2F), torch.empty_like(probs_R)
     out_RF = hidden_R2F.new_empty(num_rows, width) if again else None
     if num_rows:
