@@ -5,7 +5,7 @@
 The formulas are those of the LOCAL layers (--transformer-impl local), tensor by tensor as autograd
 saves them and every storage once; ``tests/planner/test_activations.py`` measures the real ones with
 saved-tensor hooks.  Transformer Engine keeps less: its experts neither padding nor products of the
-gate.  ``--transformer-impl transformer_engine`` therefore uses smaller factors here (`_te_*`),
+gate.  ``--transformer-impl transformer_engine`` therefore uses smaller factors here (`Shape.te`),
 which are read from its sources, not measured.
 
 Letters: those of micro_batch.py, R rows that reach this rank's experts, P those rows rounded up to
@@ -69,7 +69,7 @@ def _mlp(cfg: RunConfig, s: Shape, width: int) -> int:
 
 
 def expert_rows(cfg: RunConfig, rows: int) -> int:
-    """Rows of the blocks that a rank's experts multiply (costs/expert_blocks.py on a CPU)."""
+    """Rows of the blocks that a rank's experts multiply (cpu_blocks.py on a CPU)."""
     t, p = cfg.transformer, cfg.parallel
     if p.device != "cpu" or cfg.model.transformer_impl == "transformer_engine":
         return rows
