@@ -25,6 +25,7 @@ from megatron_ext.costs.attention_activations import (
 )
 from megatron_ext.costs.cpu_blocks import KEPT_SOFTMAX, KEPT_SOFTMAX_CPU, expected_rows
 from megatron_ext.costs.micro_batch import FP32, ID_BYTES, Shape, norm_bytes, shape_of
+from megatron_ext.costs.roads import can_fuse, can_sort
 from megatron_ext.costs.tensors import moe_pattern, num_gates, padded_vocab_size
 
 
@@ -76,21 +77,7 @@ def expert_rows(cfg: RunConfig, rows: int) -> int:
     width = t.moe_ffn_hidden_size // (p.expert_tensor_parallel_size or 1)
     flops = 2.0 * (num_gates(cfg) + 1) * width * t.hidden_size
     local = t.num_moe_experts // p.expert_model_parallel_size
-    return expected_rows(rows, local, flops if _is_sorted(cfg) else math.inf)
-
-
-def _is_sorted(cfg: RunConfig) -> bool:
-    """The layer has the dispatcher of moe/dispatch.py: it keeps the experts' results, from which
-    the gradient of the routing weights comes."""
-    t = cfg.transformer
-    return t.moe_token_dispatcher_type == "alltoall" and not (
-        t.moe_pad_expert_input_to_capacity
-        or t.moe_router_padding_for_quantization
-        or t.moe_permute_fusion
-        or t.moe_apply_probs_on_input
-        or t.moe_shared_expert_overlap
-        or t.overlap_moe_expert_parallel_comm
-    )
+    return expected_rows(rows, local, flops if can_sort(cfg.transformer) else math.inf)
 
 
 def _is_by_hand(cfg: RunConfig) -> bool:
@@ -120,7 +107,7 @@ def _experts(cfg: RunConfig, s: Shape, imbalance: float, blocks: float | None) -
     if s.te:
         parts["dispatch"] = rows * (s.H * s.w + 2 * ID_BYTES)
         parts["experts"] = rows * (keep - 2) * width * s.w
-    elif s.cpu and _is_sorted(cfg):
+    elif s.cpu and can_sort(cfg.transformer):
         parts["dispatch"] = (s.t * K if moved else padded) * s.H * s.w
         parts["dispatch"] += s.t * K * s.w
         parts["experts"] = padded * (s.H + _kept_widths(cfg) * width) * s.w
@@ -176,7 +163,7 @@ def _activated(cfg: RunConfig, s: Shape, blocks: float | None) -> int:
     rows = expert_rows(cfg, routed_rows(cfg)) if blocks is None else blocks
     width = t.moe_ffn_hidden_size // (cfg.parallel.expert_tensor_parallel_size or 1)
     widths = 4 if num_gates(cfg) == 2 else 2
-    if s.cpu and not s.te and _is_sorted(cfg):
+    if s.cpu and not s.te and can_sort(cfg.transformer):
         widths = 0 if _is_by_hand(cfg) else widths - 1
     return rows * widths * width * s.w
 
@@ -231,16 +218,9 @@ def loss_saved(cfg: RunConfig, vocab_size: int | None = None) -> int:
     """
     s = shape_of(cfg)
     columns = padded_vocab_size(cfg, vocab_size) // s.tp
-    if not _has_fused_loss(cfg):
+    if not can_fuse(cfg.transformer):
         return s.t * s.H * s.w + s.T * (columns * FP32 + ID_BYTES + 1)
     hidden, kept_softmax = s.T * s.H * s.w, s.T * columns * s.w
     if kept_softmax > (KEPT_SOFTMAX_CPU if s.cpu else KEPT_SOFTMAX):
         return hidden + s.T * (3 * FP32 + ID_BYTES + 1)
     return hidden + kept_softmax + (s.T * FP32 if s.tp > 1 else 0)
-
-
-def _has_fused_loss(cfg: RunConfig) -> bool:
-    """Where model/output_layer.py computes the loss without fp32 logits."""
-    t = cfg.transformer
-    wants_te = t.cross_entropy_loss_fusion and t.cross_entropy_fusion_impl == "te"
-    return not (t.fp16 or wants_te or t.defer_embedding_wgrad_compute)

@@ -23,12 +23,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_ext.config import RunConfig
+from megatron_ext.costs.roads import can_fuse
 from megatron_ext.device import current_device, long_lived
 from megatron_ext.errors import ConfigError
 from megatron_ext.model import layers, run_config, vocab
 from megatron_ext.model.gradients import WrittenGradients
 from megatron_ext.model.initialise import Recorder, initialise
-from megatron_ext.model.output_layer import Deferred, OutputLayer, can_fuse
+from megatron_ext.model.output_layer import Deferred, OutputLayer
 from megatron_ext.moe.router import RouterOptions
 
 

@@ -33,14 +33,6 @@ class Deferred(NamedTuple):
     weight: Tensor
 
 
-def can_fuse(config) -> bool:
-    """Whether the loss may be computed from hidden states. fp16 has no exponent for the gradient of
-    unscaled losses; Transformer Engine's loss and deferred weight gradients want logits.
-    """
-    wants_te = config.cross_entropy_loss_fusion and config.cross_entropy_fusion_impl == "te"
-    return not (config.fp16 or wants_te or config.defer_embedding_wgrad_compute)
-
-
 class OutputLayer(ColumnParallelLinear):
     """ColumnParallelLinear that gives `Deferred` while `defers` is set."""
 

@@ -32,6 +32,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 )
 from torch import Tensor
 
+from megatron_ext.costs.roads import can_sort
 from megatron_ext.moe.choice import Choice, counted
 from megatron_ext.moe.experts import GroupedExperts
 from megatron_ext.moe.places import Places, chunk_order, expert_order, in_blocks, without_blocks
@@ -179,23 +180,8 @@ class SortedDispatcher(MoETokenDispatcher):
         return collect(hidden_states, self.weights_A, self.rows).view(self.hidden_shape)
 
 
-def can_sort(config, experts) -> bool:
-    """Where `SortedDispatcher` does what megatron-core's all-to-all dispatcher would."""
-    return (
-        isinstance(experts, GroupedExperts)
-        and config.moe_token_dispatcher_type == "alltoall"
-        and not config.moe_pad_expert_input_to_capacity
-        and not config.moe_router_padding_for_quantization
-        and not config.moe_permute_fusion
-        and not config.moe_apply_probs_on_input
-        and not config.moe_shared_expert_overlap  # interleaved with the stages of the stock one
-        and not config.overlap_moe_expert_parallel_comm
-        and config.cuda_graph_impl == "none"
-    )
-
-
 def use_sorted_dispatch(layer: MoELayer) -> None:
     """Give a built MoE layer the sorted dispatcher, and its router's choice to it, where it can."""
-    if can_sort(layer.config, layer.experts):
+    if isinstance(layer.experts, GroupedExperts) and can_sort(layer.config):
         layer.token_dispatcher = SortedDispatcher(layer.token_dispatcher, layer.experts)
         layer.router.hand_on_choice()
