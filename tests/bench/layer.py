@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from typing import Any
 
 import torch
 
 from tests.bench import ceilings, table
 from tests.bench.driver import Candidate, Result, faster, interleaved, started
-from tests.bench.peers.catalogue import chosen
+from tests.bench.peers import candidates as peers
 from tests.bench.shapes import Shape
-from tests.bench.step import peers_python
 
 CPU_SHAPES = ((2048, 256, 256, 16, 2), (2048, 512, 384, 32, 4))
 CUDA_SHAPES = (
@@ -77,20 +75,7 @@ def candidates(args: argparse.Namespace, device: str) -> list[Candidate]:
     if device == "cuda":
         label = "ours, --moe-kernels triton"
         found.insert(1, Candidate(label, "layer_worker", "ours triton", threads=args.threads))
-    if args.peers or args.only:
-        python = peers_python(args.peers_python)
-        found += [
-            Candidate(
-                peer.label,
-                "layer_worker",
-                peer.label,
-                python=sys.executable if peer.is_installed_here else python,
-                threads=args.threads,
-            )
-            for peer in chosen(args.only, args.dtype)
-            if not (device == "cuda" and peer.module == "megatron")
-        ]
-    return found
+    return found + peers.candidates(args, "layer_worker", "megatron" if device == "cuda" else "")
 
 
 def times(result: Result) -> tuple[float, float]:
@@ -158,12 +143,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=10, help="timed repetitions of a turn")
     parser.add_argument("--warm", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peers", action="store_true", help="measure the peers as well")
-    parser.add_argument("--only", nargs="+", help="peers whose label has this in it, or: all")
-    parser.add_argument("--peers-python", help="interpreter with requirements-peers.txt")
-    parser.add_argument(
-        "--tune-peers", action="store_true", help="allocator and oneDNN settings of ours for peers"
-    )
+    peers.add_flags(parser)
     parser.add_argument("--json", help="file to write")
     args = parser.parse_args(argv)
     given = [tuple(map(int, text.split(","))) for text in args.shape or []]

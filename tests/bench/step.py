@@ -22,28 +22,18 @@ dense matrix product's FLOP/s measured in this run. Peak: VmHWM of the process, 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.bench.driver import ROOT, Candidate, Result, interleaved, started
-from tests.bench.peers.catalogue import chosen
+from tests.bench.driver import Candidate, Result, interleaved, started
+from tests.bench.peers import candidates as peers
 from tests.bench.shapes import Shape, flags_of, shape_of
 from tests.bench.step_table import Found, report
 
 OURS, LIMITS = "ours", "ceilings"
 BATCHES = 64
 SECONDS_TO_LOAD, SECONDS_OF_A_TURN = 900, 300
-
-
-def peers_python(asked: str | None) -> str:
-    """The interpreter that has the peers: the flag, $PEERS_PYTHON, .venv-peers, else this one."""
-    found = asked or os.environ.get("PEERS_PYTHON")
-    if found is None and (ROOT / ".venv-peers/bin/python").exists():
-        found = str(ROOT / ".venv-peers/bin/python")
-    return found or sys.executable
 
 
 def write_batches(cfg: Any, path: Path) -> None:
@@ -84,23 +74,6 @@ def own_candidates(args: argparse.Namespace, flags: list[str]) -> list[Candidate
     ]
 
 
-def peer_candidates(args: argparse.Namespace) -> list[Candidate]:
-    """The asked peers, each in the interpreter that has it."""
-    if not args.peers and not args.only:
-        return []
-    python = peers_python(args.peers_python)
-    return [
-        Candidate(
-            peer.label,
-            "peers.training",
-            peer.label,
-            python=sys.executable if peer.is_installed_here else python,
-            threads=args.threads,
-        )
-        for peer in chosen(args.only, args.dtype)
-    ]
-
-
 def options() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(
@@ -116,13 +89,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sequences", type=int, default=4, help="of a step")
     parser.add_argument("--ranks", type=int, default=1, help="also ours on so many gloo ranks")
-    parser.add_argument("--peers", action="store_true", help="measure the peers as well")
-    parser.add_argument("--only", nargs="+", help="peers whose label has this in it, or: all")
+    peers.add_flags(parser)
     parser.add_argument("--at-once", type=int, default=100, help="peers that are loaded together")
-    parser.add_argument("--peers-python", help="interpreter with requirements-peers.txt")
-    parser.add_argument(
-        "--tune-peers", action="store_true", help="allocator and oneDNN settings of ours for peers"
-    )
     parser.add_argument("--json", help="file to write")
     return parser
 
@@ -144,10 +112,11 @@ def measured(args: argparse.Namespace, flags: list[str] | None = None) -> tuple[
             "lr": cfg.optimizer.lr,
             "tune": args.tune_peers,
         }
-        own, peers = own_candidates(args, flags), peer_candidates(args)
+        own = own_candidates(args, flags)
+        others = peers.candidates(args, "peers.training")
         found = Found(Result(own[0]), Result(own[1]))
-        for first in range(0, max(1, len(peers)), args.at_once):
-            group = [*own, *peers[first : first + args.at_once]]
+        for first in range(0, max(1, len(others)), args.at_once):
+            group = [*own, *others[first : first + args.at_once]]
             with started(group, spec, SECONDS_TO_LOAD, args.warm) as all_:
                 found.add(interleaved(all_, args.rounds, args.steps, SECONDS_OF_A_TURN))
             own = own[:2]  # several ranks once
