@@ -10,7 +10,6 @@ writes of the same bytes, as many ranks at once. --peers adds the saves of check
 
 from __future__ import annotations
 
-import argparse
 import mmap
 import os
 import shutil
@@ -137,17 +136,11 @@ def _measure(
 
 def main(argv: list[str]) -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = table.parser("checkpoint", __doc__)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: TMPDIR")
     parser.add_argument("--peers", action="store_true", help="also torch's DCP and megatron-core's")
-    parser.add_argument("--json", help="file to write")
     asked = parser.parse_args(argv)
     h = asked.hidden
     flags = (

@@ -12,7 +12,6 @@ again, measured again.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -134,16 +133,10 @@ def row(ranks: int, op: str, dtype: str, size: int, lines: list, copy_gb_s: floa
 
 def main(argv: list[str]) -> int:
     """The table, and --json."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench collectives",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = table.parser("collectives", __doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kib", type=int, nargs="+", default=[64, 1024, 4096, 16384, 65536])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--json", help="file to write")
     args = parser.parse_args(argv)
     sizes, found, rows = [1024 * size for size in args.kib], [], []
     limits = {"copy GB/s": ceilings.copy_gb_s()}

@@ -151,18 +151,12 @@ def rates(args: argparse.Namespace, folder: Path) -> dict[str, list[float] | str
 
 def main(argv: list[str]) -> int:
     """Print both tables."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = table.parser("data", __doc__)
     parser.add_argument("--batches", type=int, default=200, help="micro-batches of a turn")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=5_000_000, help="of the corpus")
     parser.add_argument("--prepare", action="store_true", help="also tests.bench.prepare")
-    parser.add_argument("--json", help="file to write")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         found = rates(args, Path(name))

@@ -131,20 +131,14 @@ def measured_shape(args: argparse.Namespace, numbers: tuple[int, ...], device: s
 
 def main(argv: list[str]) -> int:
     """Measure and print a table for each shape; 1 where ours did not run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench layer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = table.parser("layer", __doc__)
     parser.add_argument("--shape", action="append", help="tokens,hidden,width,experts,topk")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="timed repetitions of a turn")
     parser.add_argument("--warm", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     peers.add_flags(parser)
-    parser.add_argument("--json", help="file to write")
     args = parser.parse_args(argv)
     given = [tuple(map(int, text.split(","))) for text in args.shape or []]
     shapes = given or (CPU_SHAPES if args.device == "cpu" else CUDA_SHAPES)

@@ -14,7 +14,6 @@ Permute and unpermute: rows read and written. Optimizer: 30 bytes a parameter in
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import statistics
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tests.bench import ceilings, table
-from tests.bench.shapes import Shape, flags_of, shape_of
+from tests.bench.shapes import Shape, add_flags, flags_of, shape_of
 
 BACKWARD = "autograd::engine::evaluate_function: "
 RANGE = "part: "
@@ -156,16 +155,8 @@ def training(flags: list[str]) -> Iterator[tuple[Any, Callable[[], Any]]]:
 
 def main(argv: list[str]) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench parts",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", default="bench-moe", help="of configs/, or a YAML file")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--rounds", type=int, default=5, help="profiled steps")
-    parser.add_argument("--sequences", type=int, default=4, help="of a step")
-    parser.add_argument("--json", help="file to write")
+    parser = table.parser("parts", __doc__, rounds="profiled steps")
+    add_flags(parser)
     args = parser.parse_args(argv)
     flags = flags_of(args.model, args.dtype, args.sequences)
     from torch.profiler import ProfilerActivity, profile

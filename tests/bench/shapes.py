@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ class Shape:
     def to_dict(self) -> dict[str, Any]:
         """What JSON takes."""
         return asdict(self)
+
+
+def add_flags(parser: argparse.ArgumentParser, sequences: str = "of a step") -> None:
+    """What `flags_of` takes; `sequences` is the help of --sequences."""
+    parser.add_argument("--model", default="bench-moe", help="of configs/, or a YAML file")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--sequences", type=int, default=4, help=sequences)
 
 
 def config_file(model: str) -> str:

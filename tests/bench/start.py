@@ -18,7 +18,7 @@ import argparse
 from typing import Any
 
 from tests.bench import ceilings, growth, log_volume, start_rank, table
-from tests.bench.shapes import config_file
+from tests.bench.shapes import add_flags, config_file
 
 PARTS = ("start", *growth.PARTS, "logs")
 
@@ -30,20 +30,13 @@ def _size(text: str) -> tuple[int, int]:
 
 def options() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench start",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = table.parser("start", __doc__)
     many: dict[str, Any] = {"nargs": "+", "type": int}
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--model", default="bench-moe", help="of configs/, or a YAML file")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--rounds", type=int, default=5)
+    add_flags(parser, sequences="of a step, for experts")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn")
     parser.add_argument("--warm", type=int, default=2, help="steps before the first round")
     parser.add_argument("--threads", type=int, default=2, help="of a single process")
-    parser.add_argument("--sequences", type=int, default=4, help="of a step, for experts")
     parser.add_argument("--experts", **many, default=[8, 16, 32, 64, 128, 256])
     parser.add_argument("--ranks", **many, default=[1, 2, 4, 8, 16])
     parser.add_argument("--layouts", nargs="+", choices=("dp", "ep"), default=["dp", "ep"])
@@ -53,7 +46,6 @@ def options() -> argparse.ArgumentParser:
         "--sizes", nargs="+", type=_size, default=[(2, 8), (8, 8), (2, 64), (8, 64), (2, 256)],
         help="layers x experts, for logs",
     )  # fmt: skip
-    parser.add_argument("--json", help="file to write")
     return parser
 
 

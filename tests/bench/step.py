@@ -26,9 +26,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests.bench import table
 from tests.bench.driver import Candidate, Result, interleaved, started
 from tests.bench.peers import candidates as peers
-from tests.bench.shapes import Shape, flags_of, shape_of
+from tests.bench.shapes import Shape, add_flags, flags_of, shape_of
 from tests.bench.step_table import Found, report
 
 OURS, LIMITS = "ours", "ceilings"
@@ -76,22 +77,14 @@ def own_candidates(args: argparse.Namespace, flags: list[str]) -> list[Candidate
 
 def options() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", default="bench-moe", help="of configs/, or a YAML file")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = table.parser("step", __doc__)
+    add_flags(parser)
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a turn")
     parser.add_argument("--warm", type=int, default=4, help="steps before the first round")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sequences", type=int, default=4, help="of a step")
     parser.add_argument("--ranks", type=int, default=1, help="also ours on so many gloo ranks")
     peers.add_flags(parser)
     parser.add_argument("--at-once", type=int, default=100, help="peers that are loaded together")
-    parser.add_argument("--json", help="file to write")
     return parser
 
 

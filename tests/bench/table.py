@@ -1,7 +1,8 @@
-"""Markdown tables and JSON files."""
+"""Markdown tables and JSON files, and the flags of every program that writes them."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -10,6 +11,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def parser(name: str, doc: str, rounds: str | None = None) -> argparse.ArgumentParser:
+    """Of python -m tests.bench `name`: --rounds (whose help is `rounds`), and --json."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m tests.bench {name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--rounds", type=int, default=5, help=rounds)
+    made.add_argument("--json", help="file to write")
+    return made
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
