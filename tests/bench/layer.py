@@ -22,7 +22,7 @@ import torch
 from tests.bench import ceilings, table
 from tests.bench.driver import Candidate, Result, faster, interleaved, started
 from tests.bench.peers import candidates as peers
-from tests.bench.shapes import Shape
+from tests.bench.shapes import Shape, dtype_of
 
 CPU_SHAPES = ((2048, 256, 256, 16, 2), (2048, 512, 384, 32, 4))
 CUDA_SHAPES = (
@@ -114,7 +114,7 @@ def measured_shape(args: argparse.Namespace, numbers: tuple[int, ...], device: s
     }
     with started(candidates(args, device), spec, SECONDS_TO_LOAD, args.warm) as all_:
         results = interleaved(all_, args.rounds, args.steps, SECONDS_OF_A_TURN)
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    dtype = dtype_of(args.dtype)
     if device == "cuda":
         side = 8192
         a, b = (torch.randn(side, side, device="cuda", dtype=dtype) for _ in range(2))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tests.bench.gate import Gate
 from tests.bench.peers.catalogue import PEERS
 from tests.bench.peers.training import tune
-from tests.bench.shapes import Shape
+from tests.bench.shapes import Shape, dtype_of
 
 
 def _sync(device: str) -> None:
@@ -103,8 +103,7 @@ def _ours(
 def _peer(name: str, shape: Shape, spec: dict[str, Any], gate: Gate) -> tuple[nn.Module, Callable]:
     peer = next(peer for peer in PEERS if peer.label == name)
     module = import_module(f"tests.bench.peers.{peer.module}")
-    dtype = torch.bfloat16 if spec["dtype"] == "bf16" else torch.float32
-    made = module.layer(peer.variant, shape, dtype).to(spec["device"]).train()
+    made = module.layer(peer.variant, shape, dtype_of(spec["dtype"])).to(spec["device"]).train()
     gate.imported()
     gate.facts["note"] = module.NOTE
     return made, torch.compile(made) if peer.is_compiled else made
@@ -113,10 +112,9 @@ def _peer(name: str, shape: Shape, spec: dict[str, Any], gate: Gate) -> tuple[nn
 def _floor(name: str, shape: Shape, spec: dict[str, Any], gate: Gate) -> tuple[nn.Module, Callable]:
     gate.imported()
     made = (Dense if name == "dense" else Grouped)(shape)
-    dtype = torch.bfloat16 if spec["dtype"] == "bf16" else torch.float32
     made.to(spec["device"])
     for p in made.parameters():
-        p.data = p.data.to(dtype)
+        p.data = p.data.to(dtype_of(spec["dtype"]))
     return made, made
 
 
@@ -137,7 +135,7 @@ def run(name: str, spec: dict[str, Any], gate: Gate) -> None:
     else:
         made, call = _peer(name, shape, spec, gate)
     gate.facts["parameters"] = sum(p.numel() for p in made.parameters())
-    dtype = torch.bfloat16 if spec["dtype"] == "bf16" else torch.float32
+    dtype = dtype_of(spec["dtype"])
     size = (shape.batch, shape.sequence, shape.hidden)
     if is_floor:
         size = (shape.tokens * shape.topk, shape.hidden)

@@ -65,6 +65,13 @@ def flags_of(model: str, dtype: str, sequences: int) -> list[str]:
     ]
 
 
+def dtype_of(name: str) -> Any:
+    """torch's dtype of --dtype."""
+    import torch
+
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
 def shape_of(cfg: Any) -> Shape:
     """The shape of a parsed configuration."""
     from megatron_ext.costs.flops import model_flops_per_token

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.bench.gate import Gate
 from tests.bench.peers.catalogue import PEERS
-from tests.bench.shapes import Shape
+from tests.bench.shapes import Shape, dtype_of
 
 
 class MasterAdamW:
@@ -76,7 +76,7 @@ def run(name: str, spec: dict[str, Any], gate: Gate) -> None:
     shape = Shape(**spec["shape"])
     peer = next(peer for peer in PEERS if peer.label == name)
     module = import_module(f"tests.bench.peers.{peer.module}")
-    dtype = torch.bfloat16 if spec["dtype"] == "bf16" else torch.float32
+    dtype = dtype_of(spec["dtype"])
     model: nn.Module = module.model(peer.variant, shape, gate, dtype).train()
     loss_of = torch.compile(model) if peer.is_compiled else model
     parameters = [p for p in model.parameters() if p.requires_grad]
