@@ -12,8 +12,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,6 +82,12 @@ def measure(side: int = SIDE) -> dict[str, float]:
         "copy GB/s": copy_gb_s(),
         "O_DIRECT GB/s": direct_write_gb_s(),
     }
+
+
+def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of the rounds of the candidate that measures (limits.py)."""
+    found = [one["ceilings"] for one in rounds]
+    return {name: statistics.median(one[name] for one in found) for name in found[0]}
 
 
 def of_dtype(found: dict[str, float], dtype: str) -> float:

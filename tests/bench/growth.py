@@ -67,8 +67,7 @@ def run(
     for result in (limits, *results):
         if result.error:
             raise RuntimeError(f"{result.candidate.label}: {result.error}")
-    found = [one["ceilings"] for one in limits.rounds]
-    return results, {name: statistics.median(one[name] for one in found) for name in found[0]}
+    return results, ceilings.medians(limits.rounds)
 
 
 def facts(result: Result, tokens: int) -> dict[str, Any]:

@@ -62,11 +62,7 @@ def report(found: Found, shape: Shape, args: argparse.Namespace) -> str:
     """The table and the lines under it."""
     if found.limits.error:
         return f"the ceilings were not measured: {found.limits.error}"
-    names = found.limits.rounds[0]["ceilings"]
-    measured = {
-        name: statistics.median(one["ceilings"][name] for one in found.limits.rounds)
-        for name in names
-    }
+    measured = ceilings.medians(found.limits.rounds)
     ceiling = ceilings.of_dtype(measured, args.dtype)
     where, others = table.machine(), found.others
     rows = [row(found.ours, math.nan, shape, ceiling)]
