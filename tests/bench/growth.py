@@ -27,7 +27,6 @@ from tests.bench.shapes import Shape, flags_of, shape_of
 
 UPDATE_BYTES = 30  # of a parameter; see above
 SECONDS_TO_LOAD, SECONDS_OF_A_TURN = 900, 300
-PATIENT = ("--hang-limit-s", "100000")  # a candidate waits for the others' turns
 LIMITS = Candidate("ceilings", "limits")
 
 
@@ -44,7 +43,7 @@ class Table:
 
 def candidate(label: str, flags: Sequence[str], threads: int, ranks: int = 1) -> Candidate:
     """The real loop with `flags`."""
-    more = {"flags": [*flags, *PATIENT]}
+    more = {"flags": list(flags)}
     return Candidate(label, "ours", label, threads=threads, ranks=ranks, more=more)
 
 
