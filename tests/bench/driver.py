@@ -118,9 +118,8 @@ class Processes:
     def wait_ready(self, limit_s: float) -> None:
         """Until every rank stands before its first step."""
         if answers := self._answers(limit_s):
-            self.result.facts = answers[0]
-            for name in ("imports_mib",):
-                self.result.facts[name] = max(answer.get(name, 0.0) for answer in answers)
+            most = max(answer.get("imports_mib", 0.0) for answer in answers)
+            self.result.facts = answers[0] | {"imports_mib": most}
 
     def turn(self, untimed: int, timed: int, limit_s: float) -> dict[str, Any] | None:
         """One turn; the figures of rank 0 and the most memory of any rank."""
