@@ -51,26 +51,32 @@ def copy_gb_s(num_bytes: int = COPIED) -> float:
     return 2 * num_bytes / seconds_of(lambda: b.copy_(a), 3) / 1e9
 
 
-def direct_write_gb_s(folder: str | None = None, num_bytes: int = WRITTEN) -> float:
-    """GB/s of O_DIRECT writes and fsync into `folder`; nan where the file system has none."""
+def direct_write_s(path: Path, num_bytes: int) -> float:
+    """Seconds of O_DIRECT writes of `num_bytes`, rounded up to blocks, and fsync; raises OSError
+    where the file system has none.
+    """
     memory = mmap.mmap(-1, BLOCK)
     memory.write(os.urandom(BLOCK))
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_DIRECT", 0)
+    begin = time.perf_counter()
+    descriptor = os.open(path, flags)
+    try:
+        for _ in range(-(-num_bytes // BLOCK)):
+            os.write(descriptor, memory)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return time.perf_counter() - begin
+
+
+def direct_write_gb_s(folder: str | None = None, num_bytes: int = WRITTEN) -> float:
+    """GB/s of `direct_write_s` into `folder`; nan where the file system has none."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
-
-        def write() -> None:
-            descriptor = os.open(Path(name) / "direct", flags)
-            try:
-                for _ in range(num_bytes // BLOCK):
-                    os.write(descriptor, memory)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
         try:
-            return num_bytes / seconds_of(write, 1) / 1e9
+            _, second = (direct_write_s(Path(name) / "direct", num_bytes) for _ in range(2))
         except OSError:
             return float("nan")
+    return num_bytes / second / 1e9
 
 
 def measure(side: int = SIDE) -> dict[str, float]:

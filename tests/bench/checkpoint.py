@@ -10,8 +10,6 @@ writes of the same bytes, as many ranks at once. --peers adds the saves of check
 
 from __future__ import annotations
 
-import mmap
-import os
 import shutil
 import statistics
 import tempfile
@@ -22,11 +20,10 @@ from typing import Any
 import torch
 
 from tests.bench import table
+from tests.bench.ceilings import direct_write_s
 from tests.bench.checkpoint_peers import dcp_save, try_mcore
 from tests.checkpoint.small_run import checkpointer, small_run
 from tests.ranks.harness import run_ranks
-
-_BLOCK = 16 << 20
 
 
 def _timed(action) -> float:
@@ -46,23 +43,6 @@ def _tensors(run) -> list[torch.Tensor]:
 
 def _copy(tensors: list[torch.Tensor], buffers: list[torch.Tensor]) -> float:
     return _timed(lambda: [b.copy_(t) for b, t in zip(buffers, tensors)])
-
-
-def _direct(path: Path, num_bytes: int) -> float:
-    """Seconds of O_DIRECT writes of this many bytes and fsync."""
-    memory = mmap.mmap(-1, _BLOCK)
-    memory.write(os.urandom(_BLOCK))
-
-    def write() -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
-        for _ in range(-(-num_bytes // _BLOCK)):
-            os.write(descriptor, memory)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-    seconds = _timed(write)
-    path.unlink()
-    return seconds
 
 
 def _async(run, saver) -> dict[str, float]:
@@ -121,7 +101,8 @@ def _measure(
                 saver._wait_for(2)
                 torch.distributed.barrier()
                 path = folder / f"direct_{torch.distributed.get_rank()}"
-                keep({"O_DIRECT + fsync": _direct(path, num_bytes)})
+                keep({"O_DIRECT + fsync": direct_write_s(path, num_bytes)})
+                path.unlink()
                 keep({"synchronous save": _timed(lambda: plain.save(run.state))})
                 plain._wait_for(2)
                 if with_peers:
