@@ -26,8 +26,8 @@ from megatron_ext.optim.tiles import Row, Tile, tiles
 class TiledAdam(torch.optim.Adam):
     """`copies`: master -> weight of the model that is written after each update of the master.
 
-    `grad_scale`: None or a scalar tensor that gradients are divided by (in place) first; the same
-    attribute and meaning as torch's gradient scaler has for its fused optimizers.
+    `grad_scale`: None or a scalar tensor that gradients are divided by (in place) first, in the
+    next step alone; the same attribute as torch's gradient scaler sets for its fused optimizers.
     """
 
     grad_scale: Tensor | None
@@ -52,12 +52,16 @@ class TiledAdam(torch.optim.Adam):
     def step(self, closure=None) -> None:
         """One update of every parameter that has a gradient."""
         assert closure is None, "the gradients are there already"
-        if not self.is_tiled:
+        if self.is_tiled:
+            self._step_in_tiles()
+        else:
             self._place_steps()
             super().step()
             if self.copies:
                 torch._foreach_copy_(list(self.copies.values()), list(self.copies))
-            return
+        self.grad_scale = None
+
+    def _step_in_tiles(self) -> None:
         for number, group in enumerate(self.param_groups):
             rows = [self._row(p) for p in group["params"] if p.grad is not None]
             if rows:

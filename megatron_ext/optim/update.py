@@ -43,17 +43,9 @@ def _clip(leaf: MegatronOptimizer, grad_norm: float) -> None:
 @torch.no_grad()
 def apply(optimizer: Chain, grad_norm: float) -> tuple[bool, int | None]:
     """Clip to --clip-grad, update, gather the weights -> (done, zeros in the gradients or None)."""
-    leaves = [
-        leaf
-        for leaf in optimizer.chained_optimizers
-        if not getattr(leaf, "is_stub_optimizer", False)
-    ]
-    for leaf in leaves:
-        if leaf.config.clip_grad > 0:
+    for leaf in optimizer.chained_optimizers:
+        if leaf.config.clip_grad > 0 and not getattr(leaf, "is_stub_optimizer", False):
             _clip(leaf, grad_norm)
     zeros = optimizer.count_zeros() if optimizer.config.log_num_zeros_in_grad else None
     done = optimizer.step_with_ready_grads()
-    for leaf in leaves:
-        if isinstance(leaf.optimizer, TiledAdam):
-            leaf.optimizer.grad_scale = None
     return bool(done), None if zeros is None else int(zeros)
