@@ -21,7 +21,8 @@ def pretrain(cfg: RunConfig, stop: StopRequest) -> None:
     with without_collections():
         from megatron_ext.device import start
 
-        device = start(cfg.parallel.device, cfg.parallel.distributed_backend)
+        parallel = cfg.parallel
+        device = start(parallel.device, parallel.distributed_backend, parallel.cpu_kernels)
 
         from megatron_ext.kernels.choose import check_kernels
         from megatron_ext.mesh.agree import agree
@@ -32,7 +33,7 @@ def pretrain(cfg: RunConfig, stop: StopRequest) -> None:
         from megatron_ext.train.loop import Run, evaluate_at_end, train
 
     check_kernels(cfg, device.kind)
-    with process_groups(cfg.parallel, device, cfg.train.seed, setup.context_levels(cfg)):
+    with process_groups(parallel, device, cfg.train.seed, setup.context_levels(cfg)):
         cfg, where = setup.run_directory(cfg)
         tokenizer = agree(lambda: setup.tokenizer(cfg))
         words = vocabulary(cfg, tokenizer.vocab_size)

@@ -19,12 +19,22 @@ start("cpu")
 import pytest
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+from megatron_ext.native import rows
+
 
 @pytest.fixture(autouse=True)
 def _no_scale_of_an_earlier_test():
     """megatron-core keeps the scale of the balance losses in a class: later ranks would fork it."""
     yield
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
+@pytest.fixture(params=["auto", "torch"])
+def cpu_kernels(request):
+    """Once with the compiled loops, where there is a compiler, once with torch's operations."""
+    rows.use(request.param)
+    yield
+    rows.use("auto")
 
 
 @pytest.fixture

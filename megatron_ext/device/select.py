@@ -12,6 +12,7 @@ import torch
 
 from megatron_ext.device import lift
 from megatron_ext.errors import ConfigError
+from megatron_ext.native import rows
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt(3)
 _HEAP_UP_TO = 1 << 30
@@ -19,10 +20,13 @@ _HEAP_UP_TO = 1 << 30
 
 @dataclass(frozen=True)
 class Device:
-    """The device of this rank; `kind` is "cpu" or "cuda", `backend` the collectives' library."""
+    """The device of this rank; `kind` is "cpu" or "cuda", `backend` the collectives' library,
+    `kernels` who makes the row-wise steps of a CPU, in words.
+    """
 
     kind: str
     backend: str
+    kernels: str = "torch"
 
     @property
     def torch_device(self) -> torch.device:
@@ -89,9 +93,20 @@ def _tune_cpu(local_world_size: int) -> None:
         torch.set_float32_matmul_precision("medium")
 
 
-def start(requested: str = "auto", backend: str | None = None) -> Device:
+def _choose_kernels(asked: str) -> str:
+    """What is used, in words."""
+    why_not = rows.use(asked)
+    if why_not and asked == "native":
+        raise ConfigError(
+            f"--cpu-kernels native cannot be compiled here: {why_not}",
+            do="install g++, or use --cpu-kernels auto",
+        )
+    return f"torch ({why_not})" if why_not else "native"
+
+
+def start(requested: str = "auto", backend: str | None = None, cpu_kernels: str = "auto") -> Device:
     """Choose ("auto": CUDA where there is one), tune, lift and correct. Raises ConfigError for
-    --device cuda without one.
+    --device cuda without one, and for --cpu-kernels native without a compiler.
     """
     has_cuda = torch.cuda.is_available()
     if requested == "cuda" and not has_cuda:
@@ -102,6 +117,7 @@ def start(requested: str = "auto", backend: str | None = None) -> Device:
     kind = "cuda" if has_cuda and requested != "cpu" else "cpu"
     if kind == "cpu":
         _tune_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        kernels = _choose_kernels(cpu_kernels)
         lift.lift()
     else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -109,5 +125,5 @@ def start(requested: str = "auto", backend: str | None = None) -> Device:
 
     corrections.apply(kind)
     if kind == "cpu":
-        return Device(kind, "gloo")
+        return Device(kind, "gloo", kernels)
     return Device(kind, backend or "nccl")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.costs.cpu_blocks import TILE_NUMBERS, block_length
+from megatron_ext.native import rows as rows_native
 
 ROUNDED_SUMS = 8
 """Up to this many blocks the gradients of keys and values are summed in their own dtype."""
@@ -65,6 +66,8 @@ def upper_triangle(length: int, r: int, like: Tensor) -> Tensor:
 def _probabilities(q: Tensor, k: Tensor, tile: Tile, r: int, triangle: Tensor) -> Tensor:
     """[heads of the tile, rows of its queries, its keys]."""
     p = torch.bmm(q[tile.heads, tile.rows(r)], k[tile.heads, : tile.end].transpose(1, 2))
+    if rows_native.serves(p):
+        return rows_native.causal_softmax(p, tile.start, r)
     length = tile.end - tile.start
     p[:, :, tile.start :].add_(triangle[: length * r, :length])
     return torch.softmax(p, dim=-1, out=p)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_ext.costs.cpu_blocks import KEPT_SOFTMAX, KEPT_SOFTMAX_CPU
+from megatron_ext.native import rows as rows_native
 
 LEAST_SHARE = 1e-30
 """A tp rank's share of the probability is taken to be no less, so that 1 / share is finite."""
@@ -103,6 +104,11 @@ class Statistics:
         self.peak, self.rest, self.label = torch.zeros(3, labels_T.numel(), device=labels_T.device)
         self.peak.fill_(torch.finfo(torch.float32).min)  # of a rank without true columns
 
+    def look_at_all(self, rows: slice, logits: Tensor, num_true: int) -> None:
+        """Note the logits [r, V] of `rows`, which become the softmax over `num_true` columns."""
+        filled = (self.peak[rows], self.rest[rows], self.label[rows])
+        rows_native.softmax_statistics(logits, self.place[rows], *filled, num_true)
+
     def look(self, rows: slice, work: Tensor) -> None:
         """Note the fp32 logits [r, n] of `rows`, which become their softmax."""
         torch.gather(work, 1, self.place[rows, None], out=self.label[rows, None])
@@ -147,6 +153,9 @@ def look_at_rows(
         torch.mm(x_TH[rows], weight_VH.t(), out=out)
         if num_true == 0:
             out.zero_()
+            continue
+        if rows_native.serves(out):
+            stats.look_at_all(rows, out, num_true)
             continue
         for part in blocks(out.shape[0], 4 * width, settings.block_bytes):
             block = out[part]

@@ -201,7 +201,8 @@ def announce(run: Run, device: Device, vocabulary: Vocabulary, where: RunDirecto
     for warning in (*cfg.warnings, *run.splits.warnings):
         say(f"warning: {warning}")
     say(format_grid(layout_of(cfg.parallel)))
-    say(f"run directory {where.root}, device {device.kind}, collectives {device.backend}")
+    say(f"run directory {where.root}")
+    say(f"device {device.kind}, collectives {device.backend}, row kernels {device.kernels}")
     say(f"vocabulary {vocabulary.size} tokens, padded to {vocabulary.padded}")
     for line in loss_lines(cfg):
         say(line)

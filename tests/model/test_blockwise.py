@@ -56,6 +56,7 @@ def _form(groups, d, angles, interleaved, dtype, keep):
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.usefixtures("cpu_kernels")
 def test_projection_and_heads_equal_the_reference(size, interleaved, keep):
     torch.manual_seed(1)
     s, b, groups, r, d, width = SIZES[size]
@@ -73,6 +74,7 @@ def test_projection_and_heads_equal_the_reference(size, interleaved, keep):
 
 
 @pytest.mark.parametrize("length", [512, 600])
+@pytest.mark.usefixtures("cpu_kernels")
 def test_sixteen_bits_stay_near_fp32(length, monkeypatch):
     """In bf16 every tensor is within 1% (in norm) of attention in fp32 on the same numbers, with
     gradients of keys summed in bf16 (4 blocks) and by way of fp32 (10 blocks)."""
@@ -93,6 +95,7 @@ def test_sixteen_bits_stay_near_fp32(length, monkeypatch):
         assert (got.float() - exact).norm() < 0.01 * exact.norm()
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 def test_value_heads_may_have_another_width():
     """Latent attention: q and k of 24, v of 16."""
     torch.manual_seed(3)
@@ -106,6 +109,7 @@ def test_value_heads_may_have_another_width():
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 def test_groups_of_heads_equal_all_heads(monkeypatch):
     """Tiles that hold two heads only (long sequences) give the same numbers."""
     torch.manual_seed(4)
@@ -125,6 +129,7 @@ def test_tiles_cover_the_lower_triangle_once(m, s, r):
     assert kept == pytest.approx(m * s * s * kept_score_share(s, r))
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 def test_yarn_scales_what_turns():
     angles = _angles(9, 4, False)
     turn = rotation(angles, torch.float32, concentration=1.5, scale=0.5)

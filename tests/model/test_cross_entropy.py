@@ -63,6 +63,7 @@ def _error(got, exact):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.usefixtures("cpu_kernels")
 def test_fp32_equals_the_reference(size, way):
     x, weight, labels, upstream = _inputs(*size)
     exact = _exact(x, weight, labels, upstream, size[3])
@@ -81,6 +82,7 @@ def test_fp32_equals_the_reference(size, way):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.usefixtures("cpu_kernels")
 def test_bf16_is_as_near_as_bf16_logits(size, way):
     """Errors against float64 are within 1.2 of those of the stock form, plus one rounding."""
     x, weight, labels, upstream = _inputs(*size, spread=0.2)
@@ -95,6 +97,7 @@ def test_bf16_is_as_near_as_bf16_logits(size, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.usefixtures("cpu_kernels")
 def test_sure_and_hopeless_tokens(way):
     """In fp32 a loss of 3e-6 is right to 2%, one of 400 is finite; so are the gradients."""
     x, weight = torch.eye(3), torch.zeros(5, 3)
@@ -160,6 +163,7 @@ def _on_rank(kept_bytes: int, true: int) -> list:
 
 @pytest.mark.parametrize("kept_bytes", [0, 1 << 30])
 @pytest.mark.parametrize("true", [128, 70, 60])
+@pytest.mark.usefixtures("cpu_kernels")
 def test_ranks_that_share_the_vocabulary(true, kept_bytes):
     """With 60 of 128 columns the ranks of the second half have none."""
     found = [
@@ -191,7 +195,9 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_training_equals_the_stock_loss(name, tmp_path, monkeypatch):
-    """Same losses, gradient norms and evaluations as with logits and megatron-core's loss."""
+    """Same losses, gradient norms and evaluations as with logits and megatron-core's loss, which
+    share torch's softmax: the compiled one differs in the last bit, and Adam makes more of it.
+    """
     ranks, flags = MODELS[name]
     curves = []
     for fuses in (True, False):
@@ -199,6 +205,7 @@ def test_training_equals_the_stock_loss(name, tmp_path, monkeypatch):
             monkeypatch.setattr(gpt, "can_fuse", lambda config: False)
         where = tmp_path / str(fuses)
         short = "--train-iters 3 --global-batch-size 4 --eval-iters 1 --eval-interval 3".split()
+        short += ["--cpu-kernels", "torch"]
         run_ranks(pretrain, ranks, [*TINY, *short, *flags.split(), "--run-dir", str(where)])
         keys = ("lm_loss", "mtp_loss", "grad_norm", "val_loss")
         curves.append([value for key in keys for value in read_metrics(where, key) if value])

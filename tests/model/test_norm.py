@@ -20,6 +20,7 @@ def _config(kind: str, centered: bool):
 
 @pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
 @pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.usefixtures("cpu_kernels")
 def test_norm_equals_its_formula(kind, centered):
     torch.manual_seed(0)
     norm = Norm(_config(kind, centered), 63, eps=1e-5)
@@ -49,6 +50,7 @@ def test_bfloat16_keeps_its_dtype():
 
 
 @pytest.mark.parametrize("shape", [(512, 256), (5, 2, 63), (7, 3, 2, 8)])
+@pytest.mark.usefixtures("cpu_kernels")
 def test_sixteen_bits_stay_near_fp32(shape):
     """Output and both gradients in bf16 are within 0.5% (in norm) of fp32 on the same numbers."""
     torch.manual_seed(0)

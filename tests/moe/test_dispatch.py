@@ -108,6 +108,7 @@ def test_rows_return_to_their_order():
 
 
 @pytest.mark.parametrize("rows", [[32, 0, 64, 32], [0, 0, 64, 0], [32] * 4, [0] * 4, [7, 1, 0, 9]])
+@pytest.mark.usefixtures("cpu_kernels")
 def test_swiglu_experts_equal_the_loop(rows):
     torch.manual_seed(0)
     inputs = [torch.randn(sum(rows), 16), torch.randn(4, 2, 24, 16), torch.randn(4, 16, 24)]
@@ -120,6 +121,7 @@ def test_swiglu_experts_equal_the_loop(rows):
 
 
 @pytest.mark.parametrize("rows", [[64, 0, 96, 32], [32] * 4])
+@pytest.mark.usefixtures("cpu_kernels")
 def test_bfloat16_experts_are_as_exact_as_autograd(rows):
     """Against float32: no worse than the same products in bfloat16 through autograd."""
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ OURS = ("megatron_ext", "data", "tests", "launch", "pretrain_moe")
 
 LAYER = {
     "errors": 0,
+    "native": 0,
     "config": 1,
     "device": 1,
     "mesh": 2,

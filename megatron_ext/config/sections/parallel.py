@@ -17,6 +17,10 @@ class ParallelSection:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live. auto: cuda where a GPU is visible, else cpu."""
 
+    cpu_kernels: Literal["auto", "native", "torch"] = "auto"
+    """Norms, SwiGLU, rotation and softmax on a CPU. native: each in one pass, compiled by g++ (a
+    second, once a machine); torch: made of torch's operations; auto: native where g++ is found."""
+
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Collective library. Default: nccl on cuda, gloo on cpu (Megatron-LM's default is nccl)."""
 

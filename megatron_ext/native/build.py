@@ -1,0 +1,107 @@
+"""rows.cpp -> a shared library for this machine's CPU, kept in the user's cache.
+
+The name in the cache is a hash of the source, the command and the CPU, so that machines of two
+kinds may share a home directory and an old library is never used. A rank that finds none, or a torn
+one, compiles it (about a second) and moves it there in one step; ranks that start together may do
+so twice. Where the cache cannot be written the library lives in a private folder while it is
+loaded.
+
+OpenMP: g++ links libgomp.so.1, and the one that torch has loaded already is the one that is used,
+so both share one pool of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("rows.cpp")
+OPTIONS = "-O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
+COMPILE_LIMIT_S = 120
+
+
+class BuildError(Exception):
+    """Why there is no library; one line."""
+
+
+def command() -> list[str]:
+    """The compiler and its options, without files: $CXX, else g++.
+
+    Raises BuildError where there is no such compiler, or where this is not Linux.
+    """
+    if sys.platform != "linux":
+        raise BuildError("compiled on Linux only")
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    if compiler is None:
+        raise BuildError(f"no C++ compiler ({os.environ.get('CXX') or 'g++'})")
+    wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
+    return [compiler, *OPTIONS, *wide, "-fopenmp", "-shared", "-fPIC"]
+
+
+def _cpu() -> str:
+    """What -march=native looks at, as text."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    wanted = ("model name", "flags", "CPU part", "Features")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/pretrain-moe, by default ~/.cache/pretrain-moe."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pretrain-moe"
+
+
+def compile_into(folder: Path, name: str) -> Path:
+    """Compile to folder/name, which appears whole or not at all. Raises BuildError, OSError."""
+    handle, fresh = tempfile.mkstemp(dir=folder, suffix=".so")
+    os.close(handle)
+    try:
+        done = subprocess.run(
+            [*command(), str(SOURCE), "-o", fresh],
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_LIMIT_S,
+        )
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise BuildError(f"{command()[0]} ended with {done.returncode}: {said}")
+        os.replace(fresh, folder / name)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{command()[0]} took over {COMPILE_LIMIT_S} s") from error
+    finally:
+        Path(fresh).unlink(missing_ok=True)
+    return folder / name
+
+
+def load() -> ctypes.CDLL:
+    """The library, from the cache or compiled now. Raises BuildError."""
+    made_of = f"{SOURCE.read_text()}\n{command()}\n{_cpu()}"
+    name = f"rows-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        return _opened(folder / name) or ctypes.CDLL(str(compile_into(folder, name)))
+    except OSError:
+        return _load_uncached(name)
+
+
+def _opened(path: Path) -> ctypes.CDLL | None:
+    """None where there is no library, or a torn one."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
+def _load_uncached(name: str) -> ctypes.CDLL:
+    try:
+        with tempfile.TemporaryDirectory(prefix="pretrain-moe-") as folder:
+            return ctypes.CDLL(str(compile_into(Path(folder), name)))
+    except OSError as error:
+        raise BuildError(f"the library cannot be written or loaded: {error}") from error
