@@ -221,6 +221,56 @@ static void rotate_halves(const T* x, T* out, const T* cos, const T* sin, i64 m,
   }
 }
 
+// --- Rows of experts ----------------------------------------------------------------------------
+
+// The assignments of token t are starts[t] up to starts[t + 1]; `weights` may be null (all 1).
+static inline i64 end_of(const i64* starts, i64 token, i64 tokens, i64 assignments) {
+  return token + 1 < tokens ? starts[token + 1] : assignments;
+}
+
+// `work` [threads, width].
+template <class T>
+static void collect(const T* rows, const i64* places, const i64* starts, const float* weights,
+                    float* work, T* out, i64 tokens, i64 assignments, i64 width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (i64 part = 0; part < threads; part++) {
+    float* sum = work + part * width;
+    for (i64 t = tokens * part / threads; t < tokens * (part + 1) / threads; t++) {
+      memset(sum, 0, width * sizeof(float));
+      for (i64 a = starts[t]; a < end_of(starts, t, tokens, assignments); a++) {
+        const T* row = rows + places[a] * width;
+        float weight = weights ? weights[a] : 1.0f;
+#pragma omp simd
+        for (i64 j = 0; j < width; j++) sum[j] += weight * get(row + j);
+      }
+#pragma omp simd
+      for (i64 j = 0; j < width; j++) put(out + t * width + j, sum[j]);
+    }
+  }
+}
+
+template <class T>
+static void collect_backward(const T* grad, const T* rows, const i64* places, const i64* starts,
+                             const float* weights, T* drows, float* dweights, i64 tokens,
+                             i64 assignments, i64 width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * width > WORTH_THREADS)
+  for (i64 t = 0; t < tokens; t++) {
+    const T* g = grad + t * width;
+    for (i64 a = starts[t]; a < end_of(starts, t, tokens, assignments); a++) {
+      const T* row = rows + places[a] * width;
+      T* to = drows + places[a] * width;
+      float weight = weights[a], dot = 0;
+#pragma omp simd reduction(+ : dot)
+      for (i64 j = 0; j < width; j++) {
+        float x = get(g + j);
+        dot += x * get(row + j);
+        put(to + j, weight * x);
+      }
+      dweights[a] = dot;
+    }
+  }
+}
+
 // --- Names for ctypes ---------------------------------------------------------------------------
 
 #define NAMED(T, suffix)                                                                           \
@@ -247,6 +297,18 @@ static void rotate_halves(const T* x, T* out, const T* cos, const T* sin, i64 m,
   void causal_softmax_##suffix(T* p, float* work, i64 heads, i64 rows, i64 keys, i64 first,        \
                                i64 together, int threads) {                                        \
     causal_softmax(p, work, heads, rows, keys, first, together, threads);                          \
+  }                                                                                                \
+  void collect_##suffix(const T* rows, const i64* places, const i64* starts, const float* weights,   \
+                        float* work, T* out, i64 tokens, i64 assignments, i64 width,               \
+                        int threads) {                                                             \
+    collect(rows, places, starts, weights, work, out, tokens, assignments, width, threads);        \
+  }                                                                                                \
+  void collect_backward_##suffix(const T* grad, const T* rows, const i64* places,                  \
+                                 const i64* starts, const float* weights, T* drows,                \
+                                 float* dweights, i64 tokens, i64 assignments, i64 width,          \
+                                 int threads) {                                                    \
+    collect_backward(grad, rows, places, starts, weights, drows, dweights, tokens, assignments,    \
+                     width, threads);                                                              \
   }                                                                                                \
   void rotate_halves_##suffix(const T* x, T* out, const T* c, const T* s, i64 m, i64 sl, i64 h,    \
                               i64 d, i64 half, float scale, float sign, i64 xm, i64 xs, i64 xh,    \

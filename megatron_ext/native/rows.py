@@ -28,6 +28,8 @@ _ARGUMENTS = {
     "swiglu_backward": "ppppnnt",
     "softmax_statistics": "ppppppnnnt",
     "causal_softmax": "ppnnnnnt",
+    "collect": "ppppppnnnt",
+    "collect_backward": "pppppppnnnt",
     "rotate_halves": "ppppnnnnnffnnnnnnt",
 }
 _BLOCK_ROWS = 64  # of rms_norm_backward's sums
@@ -71,7 +73,7 @@ def serves(*tensors: Tensor) -> bool:
     )
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
+def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
     function = getattr(_found()[0], f"{name}_{_SUFFIX[dtype]}")
     values = (one.data_ptr() if isinstance(one, Tensor) else one for one in arguments)
     function(*values, torch.get_num_threads())
@@ -133,6 +135,31 @@ def causal_softmax(scores: Tensor, first: int, together: int) -> Tensor:
     work = torch.empty(torch.get_num_threads(), scores.shape[2])
     _call("causal_softmax", scores.dtype, scores, work, *scores.shape, first, together)
     return scores
+
+
+def collect(rows: Tensor, places: Tensor, starts: Tensor, weights: Tensor | None) -> Tensor:
+    """[T, H]: of the assignments that begin at starts[t], up to starts[t + 1], the sum of rows
+    [P, H] at their places [A], times their weights [A] (None: 1).
+    """
+    rows, width = rows.contiguous(), rows.shape[1]
+    out, work = rows.new_empty(len(starts), width), torch.empty(torch.get_num_threads(), width)
+    weights = None if weights is None else weights.float().contiguous()
+    sizes = (len(starts), len(places), width)
+    _call("collect", rows.dtype, rows, places, starts, weights, work, out, *sizes)
+    return out
+
+
+def collect_backward(
+    grad: Tensor, rows: Tensor, places: Tensor, starts: Tensor, weights: Tensor, drows: Tensor
+) -> Tensor:
+    """Gradient [T, H] of `collect` -> that of the weights, fp32 [A]; that of the rows comes into
+    `drows` [P, H] at the places of assignments, other places are left as they are.
+    """
+    dweights = grad.new_empty(len(places), dtype=torch.float32)
+    given = (grad.contiguous(), rows.contiguous(), places, starts, weights.float().contiguous())
+    sizes = (len(starts), len(places), grad.shape[1])
+    _call("collect_backward", grad.dtype, *given, drows, dweights, *sizes)
+    return dweights
 
 
 def rotate_halves(

@@ -69,6 +69,7 @@ def _token_rows(kept_TE):
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("cpu_kernels")
 def test_spread_and_collect_equal_the_naive_ones(kept, dtype):
     """Tokens with no expert, with some and with all; weights of float32 beside bfloat16 rows."""
     torch.manual_seed(0)

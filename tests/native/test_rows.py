@@ -112,6 +112,31 @@ def test_rotation_of_views(dtype, sign):
     assert _error(out, exact) < TYPES[dtype]
 
 
+@pytest.mark.parametrize("is_weighted", [True, False])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_collect(dtype, is_weighted):
+    """Tokens with none, one and several rows, the last with none."""
+    torch.manual_seed(7)
+    counts = torch.tensor([2, 0, 1, 3, 0, 2, 1, 0])
+    starts, number, width = counts.cumsum(0) - counts, int(counts.sum()), 37
+    places = torch.randperm(number + 4)[:number]
+    table, grad = _random(number + 4, width, dtype=dtype), _random(8, width, dtype=dtype)
+    weights = torch.rand(number)
+    exact_rows, exact_weights = (t.double().requires_grad_() for t in (table, weights))
+    tokens = torch.arange(8).repeat_interleave(counts)
+    factor = exact_weights[:, None] if is_weighted else 1.0
+    zeros = torch.zeros(8, width, dtype=torch.float64)
+    exact = zeros.index_add(0, tokens, exact_rows[places] * factor)
+    exact.backward(grad.double())
+    out = rows.collect(table, places, starts, weights if is_weighted else None)
+    assert _error(out, exact.detach()) < TYPES[dtype]
+    if is_weighted:
+        drows = torch.zeros_like(table)
+        dweights = rows.collect_backward(grad, table, places, starts, weights, drows)
+        assert _error(drows, exact_rows.grad) < TYPES[dtype]
+        assert _error(dweights, exact_weights.grad) < 2e-6
+
+
 def _everything(x: torch.Tensor) -> list[torch.Tensor]:
     """x [n, 2 F] through every loop."""
     y, per_rms = rows.rms_norm(x, x[0].clone(), 1e-5)

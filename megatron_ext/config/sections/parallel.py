@@ -18,7 +18,7 @@ class ParallelSection:
     """Where tensors live. auto: cuda where a GPU is visible, else cpu."""
 
     cpu_kernels: Literal["auto", "native", "torch"] = "auto"
-    """Norms, SwiGLU, rotation and softmax on a CPU. native: each in one pass, compiled by g++ (a
+    """Row-wise steps (norms, SwiGLU, softmax ...) on a CPU. native: one pass each, compiled by g++ (a
     second, once a machine); torch: made of torch's operations; auto: native where g++ is found."""
 
     distributed_backend: Literal["nccl", "gloo"] | None = None
