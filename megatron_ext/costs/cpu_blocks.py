@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-ROW_MULTIPLE = 32
-"""Rows that an expert's block is rounded up to on a CPU."""
+ROW_MULTIPLE, ROW_STEPS = 32, 16
+"""An expert's block on a CPU is rounded up to a multiple of ROW_MULTIPLE rows, a long one of a
+ROW_STEPSth of the next power of two: oneDNN keeps a compiled kernel, about 250 KB, for each row
+count of each product."""
 
 BLOCKS, SMALLEST_BLOCK, TILE_NUMBERS = 4, 64, 1 << 22
 """Blocks of queries where they fit (4 compute 5/8 of the square), and scores at a time: 8 MB in
@@ -28,11 +30,22 @@ CALL_FLOPS = 8e6
 """Work that costs as much as one more call of a product: about 20 us at 400 GFLOP/s."""
 
 
+def row_multiple(count: int) -> int:
+    """What a block of `count` rows is rounded up to a multiple of."""
+    return max(ROW_MULTIPLE, (1 << max(count - 1, 0).bit_length()) // ROW_STEPS)
+
+
+def rounded(count: int) -> int:
+    """Rows of the block of an expert with `count` tokens; 0 for none."""
+    multiple = row_multiple(count)
+    return -(-count // multiple) * multiple
+
+
 def block_rows(counts: Sequence[int], flops_per_row: float) -> list[int]:
     """Rows of each expert's block: rounded up each by itself, or equal for all where the padding
     costs less than the calls that it saves.
     """
-    rows = [-(-count // ROW_MULTIPLE) * ROW_MULTIPLE for count in counts]
+    rows = [rounded(count) for count in counts]
     most = max(rows)
     calls = sum(1 for count in rows if count)
     if calls > 1 and (most * len(rows) - sum(rows)) * flops_per_row < 2 * calls * CALL_FLOPS:
@@ -49,7 +62,7 @@ def expected_rows(num_rows: int, num_experts: int, flops_per_row: float) -> int:
     rows = block_rows([math.ceil(fullest)] + [int(mean)] * (num_experts - 1), flops_per_row)
     if len(set(rows)) == 1:
         return sum(rows)
-    return num_rows + num_experts * (ROW_MULTIPLE // 2)
+    return num_rows + num_experts * (row_multiple(math.ceil(mean)) // 2)
 
 
 def block_length(s: int, r: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ext.costs.cpu_blocks import block_rows
+from megatron_ext.costs.cpu_blocks import block_rows, rounded
 from megatron_ext.moe.choice import Choice, counted, maps
 from megatron_ext.moe.feed_forward import reference_swiglu_experts, swiglu_experts
 from megatron_ext.moe.places import chunk_order, expert_order, in_blocks, without_blocks
@@ -147,6 +147,12 @@ def test_few_rows_get_equal_blocks():
     assert block_rows([8, 3, 12, 0], flops) == [32] * 4
     assert block_rows([256, 1000, 31, 0], flops) == [256, 1024, 32, 0]
     assert block_rows([0, 0, 0], flops) == [0, 0, 0]
+
+
+def test_long_blocks_have_few_lengths():
+    lengths = {rounded(count): count for count in range(1, 4097)}
+    assert len(lengths) < 50 and rounded(0) == 0
+    assert all(count <= rounded(count) < count * 9 / 8 + 32 for count in range(1, 4097))
 
 
 def test_maps_and_choice_give_the_same_rows():
