@@ -46,14 +46,16 @@ def command() -> list[str]:
 
 
 def _cpu() -> str:
-    """What -march=native looks at, as text."""
+    """What -march=native looks at, as text. Raises OSError where /proc is hidden."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     wanted = ("model name", "flags", "CPU part", "Features")
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/pretrain-moe, by default ~/.cache/pretrain-moe."""
+    """$XDG_CACHE_HOME/pretrain-moe, by default ~/.cache/pretrain-moe. Raises RuntimeError for a
+    user without a home.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pretrain-moe"
 
 
@@ -81,14 +83,14 @@ def compile_into(folder: Path, name: str) -> Path:
 
 def load() -> ctypes.CDLL:
     """The library, from the cache or compiled now. Raises BuildError."""
-    made_of = f"{SOURCE.read_text()}\n{command()}\n{_cpu()}"
-    name = f"rows-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
     try:
+        made_of = f"{SOURCE.read_text()}\n{command()}\n{_cpu()}"
+        name = f"rows-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         return _opened(folder / name) or ctypes.CDLL(str(compile_into(folder, name)))
-    except OSError:
-        return _load_uncached(name)
+    except (OSError, RuntimeError):
+        return _load_uncached()
 
 
 def _opened(path: Path) -> ctypes.CDLL | None:
@@ -99,9 +101,9 @@ def _opened(path: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _load_uncached(name: str) -> ctypes.CDLL:
+def _load_uncached() -> ctypes.CDLL:
     try:
         with tempfile.TemporaryDirectory(prefix="pretrain-moe-") as folder:
-            return ctypes.CDLL(str(compile_into(Path(folder), name)))
+            return ctypes.CDLL(str(compile_into(Path(folder), "rows.so")))
     except OSError as error:
         raise BuildError(f"the library cannot be written or loaded: {error}") from error

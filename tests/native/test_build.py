@@ -71,6 +71,22 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@needs_compiler
+@pytest.mark.parametrize("missing", ["home", "/proc"])
+def test_where_a_cache_cannot_be_named(missing, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "" if missing == "home" else str(tmp_path))
+
+    def fails(*_):
+        raise RuntimeError("no home") if missing == "home" else FileNotFoundError("/proc")
+
+    if missing == "home":
+        monkeypatch.setattr(build.Path, "home", fails)
+    else:
+        monkeypatch.setattr(build, "_cpu", fails)
+    assert rows.use("auto") == ""
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_compiler(tmp_path, monkeypatch):
     """auto: torch's operations; native: refused with the reason."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
