@@ -1,4 +1,4 @@
-// Row-wise steps of a training step on a CPU, each in one pass: see library.py for what they mean.
+// Row-wise steps of a training step on a CPU, each in one pass: see rows.py for what they mean.
 //
 // A number is read as float, everything is computed in float, and rounded once when it is written
 // (bf16: to nearest, ties to even). What a row becomes depends on that row only, and sums over rows
@@ -271,52 +271,20 @@ static void collect_backward(const T* grad, const T* rows, const i64* places, co
   }
 }
 
-// --- Names for ctypes ---------------------------------------------------------------------------
+// --- Names for ctypes: each a pointer to the loop of one type -------------------------------------
 
-#define NAMED(T, suffix)                                                                           \
-  void rms_norm_##suffix(const T* x, const T* w, T* y, float* r, i64 rows, i64 width, float eps,   \
-                         int threads) {                                                            \
-    rms_norm(x, w, y, r, rows, width, eps, threads);                                               \
-  }                                                                                                \
-  void rms_norm_backward_##suffix(const T* g, const T* x, const T* w, const float* r, T* dx,       \
-                                  float* sums, i64 rows, i64 width, int threads) {                 \
-    rms_norm_backward(g, x, w, r, dx, sums, rows, width, threads);                                 \
-  }                                                                                                \
-  void swiglu_##suffix(const T* h, T* a, i64 rows, i64 width, int threads) {                       \
-    swiglu(h, a, rows, width, threads);                                                            \
-  }                                                                                                \
-  void swiglu_backward_##suffix(const T* g, const T* h, T* dh, T* a, i64 rows, i64 width,          \
-                                int threads) {                                                     \
-    swiglu_backward(g, h, dh, a, rows, width, threads);                                            \
-  }                                                                                                \
-  void softmax_statistics_##suffix(T* q, const i64* place, float* work, float* peak, float* rest,  \
-                                   float* label, i64 rows, i64 width, i64 true_width,              \
-                                   int threads) {                                                  \
-    softmax_statistics(q, place, work, peak, rest, label, rows, width, true_width, threads);       \
-  }                                                                                                \
-  void causal_softmax_##suffix(T* p, float* work, i64 heads, i64 rows, i64 keys, i64 first,        \
-                               i64 together, int threads) {                                        \
-    causal_softmax(p, work, heads, rows, keys, first, together, threads);                          \
-  }                                                                                                \
-  void collect_##suffix(const T* rows, const i64* places, const i64* starts, const float* weights,   \
-                        float* work, T* out, i64 tokens, i64 assignments, i64 width,               \
-                        int threads) {                                                             \
-    collect(rows, places, starts, weights, work, out, tokens, assignments, width, threads);        \
-  }                                                                                                \
-  void collect_backward_##suffix(const T* grad, const T* rows, const i64* places,                  \
-                                 const i64* starts, const float* weights, T* drows,                \
-                                 float* dweights, i64 tokens, i64 assignments, i64 width,          \
-                                 int threads) {                                                    \
-    collect_backward(grad, rows, places, starts, weights, drows, dweights, tokens, assignments,    \
-                     width, threads);                                                              \
-  }                                                                                                \
-  void rotate_halves_##suffix(const T* x, T* out, const T* c, const T* s, i64 m, i64 sl, i64 h,    \
-                              i64 d, i64 half, float scale, float sign, i64 xm, i64 xs, i64 xh,    \
-                              i64 om, i64 os, i64 oh, int threads) {                               \
-    rotate_halves(x, out, c, s, m, sl, h, d, half, scale, sign, xm, xs, xh, om, os, oh, threads);  \
-  }
+#define NAMED(loop)                \
+  auto* loop##_f32 = &loop<float>; \
+  auto* loop##_bf16 = &loop<bf16>;
 
 extern "C" {
-NAMED(float, f32)
-NAMED(bf16, bf16)
+NAMED(rms_norm)
+NAMED(rms_norm_backward)
+NAMED(swiglu)
+NAMED(swiglu_backward)
+NAMED(softmax_statistics)
+NAMED(causal_softmax)
+NAMED(collect)
+NAMED(collect_backward)
+NAMED(rotate_halves)
 }

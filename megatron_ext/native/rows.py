@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ ASKED = "MOE_CPU_KERNELS"
 """Of the environment, so that forked ranks and their children agree: --cpu-kernels."""
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+Loops = dict[tuple[str, torch.dtype], Callable[..., None]]
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}
 _ARGUMENTS = {
     "rms_norm": "ppppnnft",
@@ -36,19 +38,20 @@ _BLOCK_ROWS = 64  # of rms_norm_backward's sums
 
 
 @functools.lru_cache(maxsize=1)
-def _found() -> tuple[ctypes.CDLL | None, str]:
-    """(the library, "") or (None, why there is none)."""
+def _found() -> tuple[Loops, str]:
+    """(the loop of each name and dtype, "") or ({}, why there are none)."""
     if os.environ.get(ASKED) == "torch":
-        return None, "--cpu-kernels torch"
+        return {}, "--cpu-kernels torch"
     try:
         library = build.load()
     except build.BuildError as error:
-        return None, str(error)
+        return {}, str(error)
+    loops = {}
     for name, arguments in _ARGUMENTS.items():
-        for suffix in _SUFFIX.values():
-            function = getattr(library, f"{name}_{suffix}")
-            function.argtypes, function.restype = [_TYPES[one] for one in arguments], None
-    return library, ""
+        kind = ctypes.CFUNCTYPE(None, *(_TYPES[one] for one in arguments))
+        for dtype, suffix in _SUFFIX.items():
+            loops[name, dtype] = kind.in_dll(library, f"{name}_{suffix}")
+    return loops, ""
 
 
 def use(asked: str) -> str:
@@ -69,14 +72,13 @@ def serves(*tensors: Tensor) -> bool:
             type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype == dtype
             for x in tensors
         )
-        and _found()[0] is not None
+        and bool(_found()[0])
     )
 
 
 def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
-    function = getattr(_found()[0], f"{name}_{_SUFFIX[dtype]}")
     values = (one.data_ptr() if isinstance(one, Tensor) else one for one in arguments)
-    function(*values, torch.get_num_threads())
+    _found()[0][name, dtype](*values, torch.get_num_threads())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
