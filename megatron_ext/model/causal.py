@@ -63,10 +63,15 @@ def upper_triangle(length: int, r: int, like: Tensor) -> Tensor:
     return triangle if r == 1 else triangle.repeat_interleave(r, dim=0)
 
 
-def _probabilities(q: Tensor, k: Tensor, tile: Tile, r: int, triangle: Tensor) -> Tensor:
-    """[heads of the tile, rows of its queries, its keys]."""
+def _mask(q: Tensor, s: int, r: int) -> Tensor | None:
+    """What the scores of a tile need before torch's softmax; None where the softmax is causal."""
+    return None if rows_native.serves(q) else upper_triangle(block_length(s, r), r, q)
+
+
+def _probabilities(q: Tensor, k: Tensor, tile: Tile, r: int, triangle: Tensor | None) -> Tensor:
+    """[heads of the tile, rows of its queries, its keys]; `triangle` as `_mask` gives it."""
     p = torch.bmm(q[tile.heads, tile.rows(r)], k[tile.heads, : tile.end].transpose(1, 2))
-    if rows_native.serves(p):
+    if triangle is None:
         return rows_native.causal_softmax(p, tile.start, r)
     length = tile.end - tile.start
     p[:, :, tile.start :].add_(triangle[: length * r, :length])
@@ -78,7 +83,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, keep: bool) -> list[
     strides. Returns the probabilities of every tile where `keep`, else an empty list.
     """
     (m, s, _), r = k.shape, q.shape[1] // k.shape[1]
-    triangle = upper_triangle(block_length(s, r), r, q)
+    triangle = _mask(q, s, r)
     kept = []
     for tile in tiles(m, s, r):
         p = _probabilities(q, k, tile, r, triangle)
@@ -96,7 +101,7 @@ def attend_backward(
     again.
     """
     (m, s, _), r = k.shape, q.shape[1] // k.shape[1]
-    triangle = None if kept else upper_triangle(block_length(s, r), r, q)
+    triangle = None if kept else _mask(q, s, r)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     in_fp32 = -(-s // block_length(s, r)) > ROUNDED_SUMS and q.dtype != torch.float32
     sums = _Sums(dk, dv, in_fp32)

@@ -147,14 +147,19 @@ def look_at_rows(
     logits = x_TH.new_empty(longest, width) if q_TV is None else None
     parts = blocks(longest, 4 * width, settings.block_bytes)
     in_place = x_TH.dtype == torch.float32 and num_true == width
-    scratch = None if in_place else x_TH.new_empty(parts[0].stop, num_true, dtype=torch.float32)
+    is_one_pass = rows_native.serves(x_TH)
+    scratch = (
+        None
+        if in_place or is_one_pass
+        else x_TH.new_empty(parts[0].stop, num_true, dtype=torch.float32)
+    )
     for rows in products:
         out = logits[: rows.stop - rows.start] if q_TV is None else q_TV[rows]
         torch.mm(x_TH[rows], weight_VH.t(), out=out)
         if num_true == 0:
             out.zero_()
             continue
-        if rows_native.serves(out):
+        if is_one_pass:
             stats.look_at_all(rows, out, num_true)
             continue
         for part in blocks(out.shape[0], 4 * width, settings.block_bytes):
