@@ -17,7 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_ext.costs.cpu_blocks import ROW_MULTIPLE, block_rows
+from megatron_ext.costs.cpu_blocks import block_rows, row_multiple
 from megatron_ext.device import current_device
 from megatron_ext.moe.feed_forward import swiglu_experts
 
@@ -38,8 +38,9 @@ def reference_grouped_linear(x_TK: Tensor, weight_eNK: Tensor, counts_e: Tensor)
     return torch.cat([x @ weight.t() for x, weight in zip(pieces, weight_eNK)])
 
 
-def padded_places(counts_e: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
-    """Where T sorted rows go when every expert's block starts at a multiple of `multiple`.
+def padded_places(counts_e: Tensor, multiple: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Where T sorted rows go when every expert's block has a multiple of `multiple` rows ([e]: of
+    its own).
 
     counts [e] -> (places [T] int64, end of each block [e] int32). The rows between are padding.
     On a CPU oneDNN compiles a kernel for every new row count (0.9-3 ms against 0.06-0.12 ms for a
@@ -142,7 +143,8 @@ class GroupedExperts(MegatronModule):
             return self._compute(
                 x_TH, counts, torch.cumsum(counts, 0, dtype=torch.int32), probs_T
             ), None
-        places, ends = padded_places(counts, ROW_MULTIPLE)
+        multiples = counts.new_tensor([row_multiple(count) for count in counts.tolist()])
+        places, ends = padded_places(counts, multiples)
         x_PH = x_TH.new_zeros(int(ends[-1]), x_TH.shape[1]).index_copy(0, places, x_TH)
         probs_P = probs_T.new_zeros(int(ends[-1])).index_copy(0, places, probs_T)
         blocks = torch.diff(ends.long(), prepend=ends.new_zeros(1).long())
