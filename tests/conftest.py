@@ -19,7 +19,7 @@ start("cpu")
 import pytest
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-from megatron_ext.native import rows
+from megatron_ext.native import loops
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +32,9 @@ def _no_scale_of_an_earlier_test():
 @pytest.fixture(params=["auto", "torch"])
 def cpu_kernels(request):
     """Once with the compiled loops, where there is a compiler, once with torch's operations."""
-    rows.use(request.param)
+    loops.use(request.param)
     yield
-    rows.use("auto")
+    loops.use("auto")
 
 
 @pytest.fixture

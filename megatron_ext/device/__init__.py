@@ -11,6 +11,6 @@ rewrites megatron-core for the CPU where that is the device (`lift`), and applie
 (`corrections`).
 """
 
-from megatron_ext.device.select import Device, current_device, long_lived, start
+from megatron_ext.device.select import Device, current_device, start
 
-__all__ = ["Device", "current_device", "long_lived", "start"]
+__all__ = ["Device", "current_device", "start"]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from megatron_ext.device import lift
 from megatron_ext.errors import ConfigError
-from megatron_ext.native import rows
+from megatron_ext.native import loops, tensor_memory
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt(3)
 _HEAP_UP_TO = 1 << 30
@@ -57,21 +55,6 @@ def keep_large_blocks() -> None:
     _mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-@contextlib.contextmanager
-def long_lived() -> Iterator[None]:
-    """Inside, tensors from 1 MB get memory of their own instead of a place in the heap: weights and
-    optimizer states among tensors that come and go leave holes that fit nothing later.
-    """
-    if not lift.is_lifted():  # of a CUDA device
-        yield
-        return
-    _mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-    try:
-        yield
-    finally:
-        _mallopt(_M_MMAP_THRESHOLD, _HEAP_UP_TO)
-
-
 def medium_matmul_keeps_float32() -> bool:
     """True when "medium" fp32 matrix products are still fp32 here (oneDNN on AMD) and not bf16
     (AMX).
@@ -95,13 +78,16 @@ def _tune_cpu(local_world_size: int) -> None:
 
 def _choose_kernels(asked: str) -> str:
     """What is used, in words."""
-    why_not = rows.use(asked)
+    why_not = loops.use(asked)
     if why_not and asked == "native":
         raise ConfigError(
             f"--cpu-kernels native cannot be compiled here: {why_not}",
             do="install g++, or use --cpu-kernels auto",
         )
-    return f"torch ({why_not})" if why_not else "native"
+    if why_not:
+        return f"torch ({why_not})"
+    why_not = tensor_memory.use(asked)
+    return f"native, tensors in torch's memory ({why_not})" if why_not else "native"
 
 
 def start(requested: str = "auto", backend: str | None = None, cpu_kernels: str = "auto") -> Device:

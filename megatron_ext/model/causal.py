@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.costs.cpu_blocks import TILE_NUMBERS, block_length
-from megatron_ext.native import rows as rows_native
+from megatron_ext.native import loops
 
 ROUNDED_SUMS = 8
 """Up to this many blocks the gradients of keys and values are summed in their own dtype."""
@@ -65,14 +65,14 @@ def upper_triangle(length: int, r: int, like: Tensor) -> Tensor:
 
 def _mask(q: Tensor, s: int, r: int) -> Tensor | None:
     """What the scores of a tile need before torch's softmax; None where the softmax is causal."""
-    return None if rows_native.serves(q) else upper_triangle(block_length(s, r), r, q)
+    return None if loops.serves(q) else upper_triangle(block_length(s, r), r, q)
 
 
 def _probabilities(q: Tensor, k: Tensor, tile: Tile, r: int, triangle: Tensor | None) -> Tensor:
     """[heads of the tile, rows of its queries, its keys]; `triangle` as `_mask` gives it."""
     p = torch.bmm(q[tile.heads, tile.rows(r)], k[tile.heads, : tile.end].transpose(1, 2))
     if triangle is None:
-        return rows_native.causal_softmax(p, tile.start, r)
+        return loops.causal_softmax(p, tile.start, r)
     length = tile.end - tile.start
     p[:, :, tile.start :].add_(triangle[: length * r, :length])
     return torch.softmax(p, dim=-1, out=p)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_ext.costs.cpu_blocks import KEPT_SOFTMAX, KEPT_SOFTMAX_CPU
-from megatron_ext.native import rows as rows_native
+from megatron_ext.native import loops
 
 LEAST_SHARE = 1e-30
 """A tp rank's share of the probability is taken to be no less, so that 1 / share is finite."""
@@ -107,7 +107,7 @@ class Statistics:
     def look_at_all(self, rows: slice, logits: Tensor, num_true: int) -> None:
         """Note the logits [r, V] of `rows`, which become the softmax over `num_true` columns."""
         filled = (self.peak[rows], self.rest[rows], self.label[rows])
-        rows_native.softmax_statistics(logits, self.place[rows], *filled, num_true)
+        loops.softmax_statistics(logits, self.place[rows], *filled, num_true)
 
     def look(self, rows: slice, work: Tensor) -> None:
         """Note the fp32 logits [r, n] of `rows`, which become their softmax."""
@@ -147,7 +147,7 @@ def look_at_rows(
     logits = x_TH.new_empty(longest, width) if q_TV is None else None
     parts = blocks(longest, 4 * width, settings.block_bytes)
     in_place = x_TH.dtype == torch.float32 and num_true == width
-    is_one_pass = rows_native.serves(x_TH)
+    is_one_pass = loops.serves(x_TH)
     scratch = (
         None
         if in_place or is_one_pass

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from megatron_ext.config import RunConfig
 from megatron_ext.costs.roads import can_fuse
-from megatron_ext.device import current_device, long_lived
+from megatron_ext.device import current_device
 from megatron_ext.errors import ConfigError
 from megatron_ext.model import layers, run_config, vocab
 from megatron_ext.model.gradients import WrittenGradients
@@ -144,7 +144,6 @@ def _check_layers(chunks: Sequence[nn.Module], num_layers: int) -> None:
         )
 
 
-@long_lived()
 def build_chunks(cfg: RunConfig, words: Vocabulary) -> list[nn.Module]:
     """The initialised model chunks of this rank (in 16 bits where asked), not yet wrapped for
     training.
@@ -165,7 +164,6 @@ def build_chunks(cfg: RunConfig, words: Vocabulary) -> list[nn.Module]:
     return chunks
 
 
-@long_lived()
 def wrap_for_training(cfg: RunConfig, chunks: Sequence[nn.Module]) -> list[WrittenGradients]:
     """Each chunk in megatron-core's DDP, which owns its gradient buffers and their reduction over
     dp (and edp).

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megatron_ext.device import current_device
-from megatron_ext.native import rows as rows_native
+from megatron_ext.native import loops
 
 
 class RowNorm(Function):
@@ -30,8 +30,8 @@ class RowNorm(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if rows_native.serves(x, weight):
-            y, per_rms = rows_native.rms_norm(x, weight, eps)
+        if loops.serves(x, weight):
+            y, per_rms = loops.rms_norm(x, weight, eps)
             ctx.save_for_backward(x, weight, per_rms)
             return y
         rows = x.reshape(-1, x.shape[-1])
@@ -45,8 +45,8 @@ class RowNorm(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, per_rms = ctx.saved_tensors
-        if rows_native.serves(grad, x, weight):
-            dx, dw = rows_native.rms_norm_backward(grad, x, weight, per_rms)
+        if loops.serves(grad, x, weight):
+            dx, dw = loops.rms_norm_backward(grad, x, weight, per_rms)
             return dx, dw.to(weight.dtype), None
         width = x.shape[-1]
         rows, wide_weight = x.reshape(-1, width).float(), weight.float()

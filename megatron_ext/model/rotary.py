@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ext.native import rows as rows_native
+from megatron_ext.native import loops
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def rotate(x: Tensor, turn: Rotation | None, out: Tensor, *, back: bool = False)
         return out.copy_(x)
     sign = -1 if back else 1
     in_rows = x.stride(-1) == out.stride(-1) == 1 and not turn.interleaved
-    if in_rows and rows_native.serves(x, out, turn.cos, turn.sin):
-        return rows_native.rotate_halves(x, out, turn.cos, turn.sin, turn.scale, sign)
+    if in_rows and loops.serves(x, out, turn.cos, turn.sin):
+        return loops.rotate_halves(x, out, turn.cos, turn.sin, turn.scale, sign)
     (a, b), (out_a, out_b) = turn.halves(x), turn.halves(out)
     torch.mul(a, turn.cos, out=out_a).addcmul_(b, turn.sin, value=-sign)
     torch.mul(b, turn.cos, out=out_b).addcmul_(a, turn.sin, value=sign)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_ext.native import rows as rows_native
+from megatron_ext.native import loops
 
 aten = torch.ops.aten
 
@@ -39,16 +39,16 @@ def _is_batch(rows: Sequence[int]) -> bool:
 
 def _activation(hidden: Tensor, out: Tensor) -> Tensor:
     """silu(gate) * up of [..., 2F] into `out` [..., F]."""
-    if rows_native.serves(hidden, out):
-        return rows_native.swiglu(hidden, out)
+    if loops.serves(hidden, out):
+        return loops.swiglu(hidden, out)
     gate, up = hidden.chunk(2, dim=-1)
     return aten.silu.out(gate, out=out).mul_(up)
 
 
 def _activation_backward(grad: Tensor, hidden: Tensor, grad_hidden: Tensor, out: Tensor) -> None:
     """d activation `grad` -> d hidden; the activation comes into `out`; `grad` is overwritten."""
-    if rows_native.serves(grad, hidden, grad_hidden, out):
-        return rows_native.swiglu_backward(grad, hidden, grad_hidden, out)
+    if loops.serves(grad, hidden, grad_hidden, out):
+        return loops.swiglu_backward(grad, hidden, grad_hidden, out)
     gate, up = hidden.chunk(2, dim=-1)
     grad_gate, grad_up = grad_hidden.chunk(2, dim=-1)
     aten.silu.out(gate, out=out)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.moe.places import Places
-from megatron_ext.native import rows as rows_native
+from megatron_ext.native import loops
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def token_rows(places: Places, tokens_A: Tensor, starts_T: Tensor) -> TokenRows:
 
 def _sums(rows_PH: Tensor, rows: TokenRows, weights_A: Tensor | None) -> Tensor:
     """[T, H]: the weighted sum of each token's rows."""
-    if rows_native.serves(rows_PH):
-        return rows_native.collect(rows_PH, rows.places.places_A, rows.starts_T, weights_A)
+    if loops.serves(rows_PH):
+        return loops.collect(rows_PH, rows.places.places_A, rows.starts_T, weights_A)
     if weights_A is not None:
         weights_A = weights_A.to(rows_PH.dtype)
     return torch._embedding_bag_forward_only(
@@ -71,10 +71,10 @@ class _Collect(torch.autograd.Function):
     def backward(ctx, grad_TH):
         rows_PH, weights_A = ctx.saved_tensors
         rows, places = ctx.rows, ctx.rows.places
-        if rows_native.serves(grad_TH, rows_PH):
+        if loops.serves(grad_TH, rows_PH):
             grad_PH = rows_PH.new_empty(rows_PH.shape).index_fill_(0, places.padding, 0)
             given = (grad_TH, rows_PH, places.places_A, rows.starts_T, weights_A)
-            dots_A = rows_native.collect_backward(*given, grad_PH)
+            dots_A = loops.collect_backward(*given, grad_PH)
             return grad_PH, dots_A.to(weights_A.dtype), None
         grad_PH = grad_TH.index_select(0, rows.tokens_P)
         dots_P = torch.linalg.vecdot(grad_PH, rows_PH)

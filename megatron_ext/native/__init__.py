@@ -1,10 +1,10 @@
-"""Steps of a CPU's training step that torch makes in many passes, in one pass each, compiled where
-a C++ compiler is found (--cpu-kernels).
+"""What torch does slowly or wastefully on a CPU, in C++ that is compiled where a compiler is found
+(--cpu-kernels).
 
-    rows.cpp   the loops
-    build.py   one call of g++, about a second, once for each machine and version of the loops
-    rows.py    the loops as functions of tensors
+    loops.cpp, loops.py                   row-wise steps in one pass, as functions of tensors
+    tensor_memory.cpp, tensor_memory.py   memory of tensors that can be used again
+    build.py                              a call of g++, once for each machine and version
 
-Nothing needs them: every caller has torch's form beside the call, and uses it where `rows.serves`
-says no (no compiler, another dtype or device, --cpu-kernels torch).
+Nothing needs them: every caller of a loop has torch's form beside the call, and uses it where
+`loops.serves` says no (no compiler, another dtype or device, --cpu-kernels torch).
 """

@@ -1,4 +1,4 @@
-"""rows.cpp -> a shared library for this machine's CPU, kept in the user's cache.
+"""A C++ file -> a shared library for this machine's CPU, kept in the user's cache.
 
 The name in the cache is a hash of the source, the command and the CPU, so that machines of two
 kinds may share a home directory and an old library is never used. A rank that finds none, or a torn
@@ -20,9 +20,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("rows.cpp")
 OPTIONS = "-O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
 COMPILE_LIMIT_S = 120
 
@@ -59,13 +59,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pretrain-moe"
 
 
-def compile_into(folder: Path, name: str) -> Path:
+def compile_into(folder: Path, name: str, source: Path, options: Sequence[str] = ()) -> Path:
     """Compile to folder/name, which appears whole or not at all. Raises BuildError, OSError."""
     handle, fresh = tempfile.mkstemp(dir=folder, suffix=".so")
     os.close(handle)
     try:
         done = subprocess.run(
-            [*command(), str(SOURCE), "-o", fresh],
+            [*command(), str(source), *options, "-o", fresh],
             capture_output=True,
             text=True,
             timeout=COMPILE_LIMIT_S,
@@ -81,16 +81,20 @@ def compile_into(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def load() -> ctypes.CDLL:
-    """The library, from the cache or compiled now. Raises BuildError."""
+def load(source: Path, options: Sequence[str] = ()) -> ctypes.CDLL:
+    """The library of `source`, from the cache or compiled now with `options` more (among them what
+    it is linked with). Raises BuildError.
+    """
     try:
-        made_of = f"{SOURCE.read_text()}\n{command()}\n{_cpu()}"
-        name = f"rows-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
+        made_of = f"{source.read_text()}\n{command()}\n{options}\n{_cpu()}"
+        name = f"{source.stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        return _opened(folder / name) or ctypes.CDLL(str(compile_into(folder, name)))
+        return _opened(folder / name) or ctypes.CDLL(
+            str(compile_into(folder, name, source, options))
+        )
     except (OSError, RuntimeError):
-        return _load_uncached()
+        return _load_uncached(source, options)
 
 
 def _opened(path: Path) -> ctypes.CDLL | None:
@@ -101,9 +105,9 @@ def _opened(path: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _load_uncached() -> ctypes.CDLL:
+def _load_uncached(source: Path, options: Sequence[str]) -> ctypes.CDLL:
     try:
         with tempfile.TemporaryDirectory(prefix="pretrain-moe-") as folder:
-            return ctypes.CDLL(str(compile_into(Path(folder), "rows.so")))
+            return ctypes.CDLL(str(compile_into(Path(folder), "library.so", source, options)))
     except OSError as error:
         raise BuildError(f"the library cannot be written or loaded: {error}") from error

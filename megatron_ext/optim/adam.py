@@ -19,7 +19,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_ext.device import long_lived
 from megatron_ext.optim.tiles import Row, Tile, tiles
 
 
@@ -79,9 +78,8 @@ class TiledAdam(torch.optim.Adam):
     def _row(self, master: Tensor) -> Row:
         state = self.state[master]
         if "exp_avg" not in state:
-            with long_lived():
-                state["exp_avg"] = torch.zeros_like(master, memory_format=torch.contiguous_format)
-                state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+            state["exp_avg"] = torch.zeros_like(master, memory_format=torch.contiguous_format)
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         if "step" not in state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
         weight = self.copies.get(master)

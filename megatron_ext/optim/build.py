@@ -22,13 +22,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
 from megatron_ext.config import RunConfig
-from megatron_ext.device import long_lived
 from megatron_ext.model.run_config import optimizer_config
 from megatron_ext.optim.adam import TiledAdam
 from megatron_ext.optim.norm import Chain
 
 
-@long_lived()
 def build_optimizer(cfg: RunConfig, chunks: Sequence[nn.Module]) -> MegatronOptimizer:
     """megatron-core's optimizer; weight decay skips biases and one-dimensional weights, as
     Megatron-LM does.

@@ -7,16 +7,16 @@ import pytest
 
 from megatron_ext.device.select import start
 from megatron_ext.errors import ConfigError
-from megatron_ext.native import build, rows
+from megatron_ext.native import build, loops
 
-HAS_COMPILER = not rows.use("auto")
+HAS_COMPILER = not loops.use("auto")
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was():
     yield
-    rows.use("auto")
+    loops.use("auto")
 
 
 def _compilations(monkeypatch) -> list[list[str]]:
@@ -32,34 +32,34 @@ def _compilations(monkeypatch) -> list[list[str]]:
 def test_compiled_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     seen = _compilations(monkeypatch)
-    assert [rows.use("auto"), rows.use("auto")] == ["", ""]
+    assert [loops.use("auto"), loops.use("auto")] == ["", ""]
     assert len(seen) == 1
     (kept,) = (tmp_path / "pretrain-moe").iterdir()
-    assert kept.name.startswith("rows-") and kept.suffix == ".so"
+    assert kept.name.startswith("loops-") and kept.suffix == ".so"
     assert not kept.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 @needs_compiler
 def test_another_source_is_another_library(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    other = tmp_path / "rows.cpp"
-    other.write_text(build.SOURCE.read_text() + "\n// changed\n")
-    rows.use("auto")
-    monkeypatch.setattr(build, "SOURCE", other)
-    rows.use("auto")
+    other = tmp_path / "loops.cpp"
+    other.write_text(loops.SOURCE.read_text() + "\n// changed\n")
+    loops.use("auto")
+    monkeypatch.setattr(loops, "SOURCE", other)
+    loops.use("auto")
     assert len(list((tmp_path / "pretrain-moe").iterdir())) == 2
 
 
 @needs_compiler
 def test_a_torn_library_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    rows.use("auto")
+    loops.use("auto")
     (kept,) = (tmp_path / "pretrain-moe").iterdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     torn = build.cache_folder() / kept.name
     torn.parent.mkdir(parents=True)
     torn.write_bytes(b"\x7fELF and no more")
-    assert rows.use("auto") == "" and torn.stat().st_size == kept.stat().st_size
+    assert loops.use("auto") == "" and torn.stat().st_size == kept.stat().st_size
 
 
 @needs_compiler
@@ -67,7 +67,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert rows.use("auto") == ""
+    assert loops.use("auto") == ""
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -83,7 +83,7 @@ def test_where_a_cache_cannot_be_named(missing, tmp_path, monkeypatch):
         monkeypatch.setattr(build.Path, "home", fails)
     else:
         monkeypatch.setattr(build, "_cpu", fails)
-    assert rows.use("auto") == ""
+    assert loops.use("auto") == ""
     assert not list(tmp_path.iterdir())
 
 
@@ -91,7 +91,7 @@ def test_without_a_compiler(tmp_path, monkeypatch):
     """auto: torch's operations; native: refused with the reason."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert rows.use("auto") == "no C++ compiler (no-such-compiler)"
+    assert loops.use("auto") == "no C++ compiler (no-such-compiler)"
     with pytest.raises(ConfigError, match="no C\\+\\+ compiler .no-such-compiler."):
         start("cpu", cpu_kernels="native")
 
@@ -101,13 +101,13 @@ def test_a_compiler_that_refuses(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     broken = tmp_path / "broken.cpp"
     broken.write_text("this is not C++\n")
-    monkeypatch.setattr(build, "SOURCE", broken)
-    why = rows.use("auto")
+    monkeypatch.setattr(loops, "SOURCE", broken)
+    why = loops.use("auto")
     assert "ended with 1" in why and "\n" not in why
     assert not list((tmp_path / "pretrain-moe").iterdir())
 
 
 def test_torch_is_asked_for(monkeypatch):
     seen = _compilations(monkeypatch)
-    assert rows.use("torch") == "--cpu-kernels torch"
-    assert not seen and os.environ[rows.ASKED] == "torch"
+    assert loops.use("torch") == "--cpu-kernels torch"
+    assert not seen and os.environ[loops.ASKED] == "torch"

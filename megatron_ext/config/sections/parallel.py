@@ -18,8 +18,9 @@ class ParallelSection:
     """Where tensors live. auto: cuda where a GPU is visible, else cpu."""
 
     cpu_kernels: Literal["auto", "native", "torch"] = "auto"
-    """Row-wise steps (norms, SwiGLU, softmax ...) on a CPU. native: one pass each, compiled by g++
-    (a second, once a machine); torch: of torch's operations; auto: native where g++ is found."""
+    """Row-wise steps (norms, SwiGLU, softmax ...) on a CPU. native: one pass each, and tensors
+    whose memory is used again, compiled by g++ (seconds, once a machine); torch: as torch does;
+    auto: native where g++ is found."""
 
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Collective library. Default: nccl on cuda, gloo on cpu (Megatron-LM's default is nccl)."""

@@ -1,4 +1,4 @@
-// Row-wise steps of a training step on a CPU, each in one pass: see rows.py for what they mean.
+// Row-wise steps of a training step on a CPU, each in one pass: see loops.py for what they mean.
 //
 // A number is read as float, everything is computed in float, and rounded once when it is written
 // (bf16: to nearest, ties to even). What a row becomes depends on that row only, and sums over rows

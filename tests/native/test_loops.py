@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megatron_ext.native import rows
+from megatron_ext.native import loops
 from tests.ranks.harness import run_ranks
 
 SIZES = [(1, 1), (3, 5), (64, 16), (65, 33), (200, 256), (7, 1000)]
@@ -15,7 +15,7 @@ TYPES = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 
 @pytest.fixture(autouse=True)
 def _compiled():
-    if why := rows.use("auto"):
+    if why := loops.use("auto"):
         pytest.skip(f"no compiled loops here: {why}")
 
 
@@ -36,8 +36,8 @@ def test_rms_norm(size, dtype):
     exact_x, exact_w = (t.double().requires_grad_() for t in (x, weight))
     exact = F.rms_norm(exact_x, weight.shape, exact_w, 1e-5)
     exact.backward(grad.double())
-    y, per_rms = rows.rms_norm(x, weight, 1e-5)
-    dx, dw = rows.rms_norm_backward(grad, x, weight, per_rms)
+    y, per_rms = loops.rms_norm(x, weight, 1e-5)
+    dx, dw = loops.rms_norm_backward(grad, x, weight, per_rms)
     for found, wanted in ((y, exact.detach()), (dx, exact_x.grad), (dw, exact_w.grad)):
         assert _error(found, wanted) < TYPES[dtype] or size[1] == 1  # one number: dx cancels to 0
     assert y.dtype == dx.dtype == dtype and dw.dtype == torch.float32
@@ -55,8 +55,8 @@ def test_swiglu(size, dtype):
     exact = F.silu(gate) * up
     exact.backward(grad.double())
     act, again, grad_hidden = grad.new_empty(size), grad.new_empty(size), torch.empty_like(hidden)
-    rows.swiglu(hidden, act)
-    rows.swiglu_backward(grad, hidden, grad_hidden, again)
+    loops.swiglu(hidden, act)
+    loops.swiglu_backward(grad, hidden, grad_hidden, again)
     assert torch.equal(act, again)
     assert _error(act, exact.detach()) < TYPES[dtype]
     assert _error(grad_hidden, exact_hidden.grad) < TYPES[dtype]
@@ -74,7 +74,7 @@ def test_softmax_and_its_statistics(size, dtype):
     exact = logits.double()[:, :true]
     at_label = exact.gather(1, place[:, None])[:, 0]
     peak, rest, label = torch.empty(3, number)
-    rows.softmax_statistics(logits, place, peak, rest, label, true)
+    loops.softmax_statistics(logits, place, peak, rest, label, true)
     assert torch.equal(peak.double(), exact.amax(-1)) and torch.equal(label.double(), at_label)
     assert (peak + rest - exact.logsumexp(-1)).abs().max() < 5e-6
     assert _error(logits[:, :true], exact.softmax(-1)) < TYPES[dtype]
@@ -91,7 +91,7 @@ def test_causal_softmax(first, together, dtype):
     position = first + torch.arange(length).repeat_interleave(together)
     hidden = torch.arange(keys) > position[:, None]
     exact = scores.double().masked_fill(hidden, -torch.inf).softmax(-1)
-    rows.causal_softmax(scores, first, together)
+    loops.causal_softmax(scores, first, together)
     assert _error(scores, exact) < TYPES[dtype]
     assert not scores.masked_select(hidden).any()
 
@@ -106,7 +106,7 @@ def test_rotation_of_views(dtype, sign):
     x = mixed.view(s, m, heads, width).transpose(0, 1)[:, :, 1:]
     cos, sin = (_random(s, 1, half, dtype=dtype) for _ in range(2))
     out = mixed.new_empty(m, s, heads - 1, width)
-    rows.rotate_halves(x, out, cos, sin, 0.5, sign)
+    loops.rotate_halves(x, out, cos, sin, 0.5, sign)
     a, b, rest = x.double().split([half, half, width - 2 * half], dim=-1)
     c, n = cos.double(), sign * sin.double()
     exact = torch.cat((a * c - b * n, b * c + a * n, 0.5 * rest), dim=-1)
@@ -129,26 +129,26 @@ def test_collect(dtype, is_weighted):
     zeros = torch.zeros(8, width, dtype=torch.float64)
     exact = zeros.index_add(0, tokens, exact_rows[places] * factor)
     exact.backward(grad.double())
-    out = rows.collect(table, places, starts, weights if is_weighted else None)
+    out = loops.collect(table, places, starts, weights if is_weighted else None)
     assert _error(out, exact.detach()) < TYPES[dtype]
     if is_weighted:
         drows = torch.zeros_like(table)
-        dweights = rows.collect_backward(grad, table, places, starts, weights, drows)
+        dweights = loops.collect_backward(grad, table, places, starts, weights, drows)
         assert _error(drows, exact_rows.grad) < TYPES[dtype]
         assert _error(dweights, exact_weights.grad) < 2e-6
 
 
 def _everything(x: torch.Tensor) -> list[torch.Tensor]:
     """x [n, 2 F] through every loop."""
-    y, per_rms = rows.rms_norm(x, x[0].clone(), 1e-5)
-    dx, dw = rows.rms_norm_backward(y, x, x[0].clone(), per_rms)
-    act = rows.swiglu(x, x.new_empty(len(x), x.shape[1] // 2))
+    y, per_rms = loops.rms_norm(x, x[0].clone(), 1e-5)
+    dx, dw = loops.rms_norm_backward(y, x, x[0].clone(), per_rms)
+    act = loops.swiglu(x, x.new_empty(len(x), x.shape[1] // 2))
     dhidden, again = torch.empty_like(x), torch.empty_like(act)
-    rows.swiglu_backward(act, x, dhidden, again)
-    causal = rows.causal_softmax(x.repeat(2, 1, 1)[:, : x.shape[1]], 0, 1)
+    loops.swiglu_backward(act, x, dhidden, again)
+    causal = loops.causal_softmax(x.repeat(2, 1, 1)[:, : x.shape[1]], 0, 1)
     softmax, statistics = x.clone(), torch.empty(3, len(x))
     place = torch.zeros(len(x), dtype=torch.long)
-    rows.softmax_statistics(softmax, place, *statistics, x.shape[1])
+    loops.softmax_statistics(softmax, place, *statistics, x.shape[1])
     return [y, per_rms, dx, dw, act, dhidden, again, causal, softmax, statistics]
 
 
@@ -175,12 +175,12 @@ def test_a_number_that_is_not_finite_spoils_its_row_alone(bad, dtype):
     torch.manual_seed(6)
     x = _random(70, 64, dtype=dtype)
     x[33, 40] = bad
-    y, per_rms = rows.rms_norm(x, torch.ones(64, dtype=dtype), 1e-5)
-    dx, dw = rows.rms_norm_backward(x, x, torch.ones(64, dtype=dtype), per_rms)
-    act = rows.swiglu(x, x.new_empty(70, 32))
+    y, per_rms = loops.rms_norm(x, torch.ones(64, dtype=dtype), 1e-5)
+    dx, dw = loops.rms_norm_backward(x, x, torch.ones(64, dtype=dtype), per_rms)
+    act = loops.swiglu(x, x.new_empty(70, 32))
     softmax, place = x.clone(), torch.zeros(70, dtype=torch.long)
     peak, rest, label = torch.empty(3, 70)
-    rows.softmax_statistics(softmax, place, peak, rest, label, 64)
+    loops.softmax_statistics(softmax, place, peak, rest, label, 64)
     for found in (y, dx, act, softmax, rest[:, None]):
         is_good = found.float().isfinite().all(dim=-1)
         assert not is_good[33] and is_good.sum() == 69
@@ -192,11 +192,11 @@ def test_far_ends_of_the_range(dtype):
     """Where exp would overflow or vanish, both sides agree with torch to what a float can hold."""
     gate = torch.tensor([-1e30, -300.0, -88.0, -1e-30, 0.0, 1e-30, 88.0, 300.0, 1e30]).to(dtype)
     hidden = torch.cat((gate, torch.ones_like(gate)))[None]
-    act = rows.swiglu(hidden, hidden.new_empty(1, len(gate)))[0]
+    act = loops.swiglu(hidden, hidden.new_empty(1, len(gate)))[0]
     torch.testing.assert_close(act, F.silu(gate), rtol=4e-3, atol=1e-6)
     logits = torch.tensor([[-1e4, 0.0, 1e4]]).to(dtype)
     peak, rest, label = torch.empty(3, 1)
-    rows.softmax_statistics(logits, torch.zeros(1, dtype=torch.long), peak, rest, label, 3)
+    loops.softmax_statistics(logits, torch.zeros(1, dtype=torch.long), peak, rest, label, 3)
     assert logits.float().sum() == 1 and rest == 0 and label == torch.tensor(-1e4).to(dtype)
 
 
@@ -207,10 +207,10 @@ def test_nothing_to_do():
 
 def _everything_of(empty: torch.Tensor) -> list[torch.Tensor]:
     weight = torch.ones(8)
-    y, per_rms = rows.rms_norm(empty, weight, 1e-5)
-    dx, dw = rows.rms_norm_backward(y, empty, weight, per_rms)
-    act = rows.swiglu(empty, torch.empty(0, 4))
-    rows.softmax_statistics(empty, torch.empty(0, dtype=torch.long), *torch.empty(3, 0), 8)
+    y, per_rms = loops.rms_norm(empty, weight, 1e-5)
+    dx, dw = loops.rms_norm_backward(y, empty, weight, per_rms)
+    act = loops.swiglu(empty, torch.empty(0, 4))
+    loops.softmax_statistics(empty, torch.empty(0, dtype=torch.long), *torch.empty(3, 0), 8)
     return [y, dx, dw, act]
 
 
@@ -226,11 +226,11 @@ def _everything_of(empty: torch.Tensor) -> list[torch.Tensor]:
     ],
 )
 def test_who_is_served(tensors, is_served):
-    assert rows.serves(*tensors) is is_served
+    assert loops.serves(*tensors) is is_served
 
 
 def test_fake_tensors_are_not_served():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        assert not rows.serves(torch.ones(2))
+        assert not loops.serves(torch.ones(2))

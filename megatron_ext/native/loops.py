@@ -1,4 +1,4 @@
-"""The loops of rows.cpp as functions of tensors: float32 or bfloat16, on a CPU, contiguous.
+"""The loops of loops.cpp as functions of tensors: float32 or bfloat16, on a CPU, contiguous.
 
 Callers ask `serves` first and have torch's form for when it says no. What a function writes it
 writes into tensors that it is given or makes; nothing here knows autograd. Numbers are computed in
@@ -11,12 +11,14 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from megatron_ext.native import build
 
+SOURCE = Path(__file__).with_name("loops.cpp")
 ASKED = "MOE_CPU_KERNELS"
 """Of the environment, so that forked ranks and their children agree: --cpu-kernels."""
 
@@ -43,7 +45,7 @@ def _found() -> tuple[Loops, str]:
     if os.environ.get(ASKED) == "torch":
         return {}, "--cpu-kernels torch"
     try:
-        library = build.load()
+        library = build.load(SOURCE)
     except build.BuildError as error:
         return {}, str(error)
     loops = {}
