@@ -60,8 +60,10 @@ def initialise(model: nn.Module, std: float = 0.02) -> nn.Module:
 def tune() -> None:
     """What our trainer does to a CPU process before anything else (--tune-peers)."""
     from megatron_ext.device.select import keep_large_blocks, medium_matmul_keeps_float32
+    from megatron_ext.native import tensor_memory
 
     keep_large_blocks()
+    tensor_memory.use("auto")
     if medium_matmul_keeps_float32():
         torch.set_float32_matmul_precision("medium")
 
