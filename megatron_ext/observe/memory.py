@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import mmap
 import resource
 import traceback
 import warnings
@@ -24,6 +25,7 @@ from torch import Tensor
 from megatron_ext.errors import ResourceError
 
 NUM_SHOWN = 40
+RESERVE = 32 << 20
 SIGNS = ("not enough memory", "can't allocate memory", "out of memory", "DefaultCPUAllocator")
 """What torch says where the memory does not suffice."""
 
@@ -142,10 +144,14 @@ def describe(state: Any, error: BaseException, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def on_out_of_memory(state: Any, logs: Path, rank: int, device: torch.device) -> Iterator[None]:
-    """A failed allocation inside becomes a page of logs/ and a ResourceError (69)."""
+    """A failed allocation inside becomes a page of logs/ and a ResourceError (69). Where addresses
+    are limited (ulimit -v), those that the page needs are reserved before.
+    """
+    reserve = mmap.mmap(-1, RESERVE)  # never touched, so no memory
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        reserve.close()
         if not is_out_of_memory(error):
             raise
         path = logs / f"oom_rank_{rank}.txt"
@@ -158,3 +164,5 @@ def on_out_of_memory(state: Any, logs: Path, rank: int, device: torch.device) ->
             " --use-distributed-optimizer; the largest tensors are in the file",
             path=path,
         ) from error
+    finally:
+        reserve.close()

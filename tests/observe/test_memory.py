@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from megatron_ext.errors import ResourceError
-from megatron_ext.mesh.forks import exit_codes
+from megatron_ext.mesh.forks import exit_codes, run_ranks
 from megatron_ext.observe import memory
 from tests.ranks.tiny import TINY, pretrain
 
@@ -77,13 +78,44 @@ def test_other_errors_pass(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def limit_addresses(room: int) -> None:
+    """This process may take `room` bytes of addresses more."""
+    words = Path("/proc/self/statm").read_text().split()
+    limit = int(words[0]) * resource.getpagesize() + room
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def fill_up() -> None:
+    """Until no object of 512 bytes has a place."""
+    kept = []
+    for size in (2**24, 2**20, 2**16, 2**12, 2**9):
+        with contextlib.suppress(MemoryError):
+            while True:
+                kept.append(bytearray(size))
+    kept.append(bytearray(2**24))
+
+
+def explain_without_room(logs: Path) -> int:
+    state = small_state()
+    limit_addresses(100 * 2**20)
+    try:
+        with memory.on_out_of_memory(state, logs, 0, CPU):
+            fill_up()
+    except ResourceError as error:
+        return error.code
+    return 0
+
+
+def test_the_page_is_written_where_nothing_else_has_a_place(tmp_path):
+    assert run_ranks(explain_without_room, 1, tmp_path) == [69]
+    assert "fill_up" in (tmp_path / "oom_rank_0.txt").read_text()
+
+
 def train_in_a_small_room(run: Path) -> None:
     """A batch that needs gigabytes, where the process may take 3 GB of addresses more (threads of
     gloo reserve some before they use them).
     """
-    words = Path("/proc/self/statm").read_text().split()
-    limit = int(words[0]) * resource.getpagesize() + 3000 * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    limit_addresses(3000 * 2**20)
     large = ["--micro-batch-size", "1024", "--global-batch-size", "1024", "--seq-length", "256"]
     more = ["--max-position-embeddings", "256", "--run-dir", str(run)]
     pretrain([*TINY, *large, *more])
