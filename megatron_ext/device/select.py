@@ -86,7 +86,7 @@ def _choose_kernels(asked: str) -> str:
         )
     if why_not:
         return f"torch ({why_not})"
-    why_not = tensor_memory.use(asked)
+    why_not = tensor_memory.use()
     return f"native, tensors in torch's memory ({why_not})" if why_not else "native"
 
 

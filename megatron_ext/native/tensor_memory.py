@@ -32,15 +32,13 @@ def _options() -> list[str]:
     ]
 
 
-def use(asked: str) -> str:
-    """Tensors that this process and its children make from now on: "auto" and "native" from malloc,
-    "torch" as torch does; -> why torch's way stays, or an empty string.
+def use() -> str:
+    """Tensors that this process and its children make from now on come from malloc; -> why torch's
+    way stays, or an empty string.
 
     It cannot be taken back: tensors of both kinds may live side by side, each knows its own way
     out.
     """
-    if asked == "torch":
-        return "--cpu-kernels torch"
     try:
         build.load(_SOURCE, _options()).use_malloc()
     except build.BuildError as error:

@@ -26,6 +26,8 @@ from megatron_ext.errors import ResourceError
 
 NUM_SHOWN = 40
 RESERVE = 32 << 20
+"""Bytes of addresses in which the page of a run out of memory is made."""
+
 SIGNS = ("not enough memory", "can't allocate memory", "out of memory", "DefaultCPUAllocator")
 """What torch says where the memory does not suffice."""
 

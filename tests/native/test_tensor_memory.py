@@ -1,14 +1,16 @@
 """Tensors from malloc: aligned, given back, used again, and beside tensors that torch made.
 
-The allocator of a process cannot be taken back, so every case is a process of its own.
+The tests' own process uses malloc from tests/conftest.py on, and its children with it; what goes on
+beside tensors of torch is looked at in a fresh one.
 """
 
 import copy
 import gc
 import io
 import os
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,24 +21,13 @@ from megatron_ext.native import loops, tensor_memory
 from tests.ranks.harness import RanksFailedError, run_ranks
 
 MIB = 1 << 20
+ROOT = Path(__file__).parents[2]
 
 
-def _compiles() -> bool:
-    return run_ranks(lambda: tensor_memory.use("auto"), 1) == [""]
-
-
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _compiled():
-    if not _compiles():
-        pytest.skip("the allocator cannot be compiled here")
-
-
-def _in_a_process(check: Callable[[], object]) -> object:
-    def main() -> object:
-        assert tensor_memory.use("auto") == ""
-        return check()
-
-    return run_ranks(main, 1)[0]
+    if why := tensor_memory.use():
+        pytest.skip(f"the allocator cannot be compiled here: {why}")
 
 
 def test_aligned_and_whole_for_every_size():
@@ -47,7 +38,7 @@ def test_aligned_and_whole_for_every_size():
         assert all(bool((tensor == index).all()) for index, tensor in enumerate(kept))
         assert kept[0].data_ptr() == 0
 
-    _in_a_process(check)
+    run_ranks(check, 1)
 
 
 def test_a_freed_place_serves_the_next_of_its_size():
@@ -64,37 +55,38 @@ def test_a_freed_place_serves_the_next_of_its_size():
         kept[1::2] = [torch.empty(4 * MIB, dtype=torch.uint8) for _ in range(8)]
         assert {tensor.data_ptr() for tensor in kept[1::2]} == places
 
-    _in_a_process(check)
+    run_ranks(check, 1)
+
+
+def beside_tensors_of_torch() -> None:
+    """Made before and freed after; grown, copied, saved, shared and freed elsewhere."""
+    before = [torch.arange(1000), torch.empty(MIB)]
+    assert tensor_memory.use() == tensor_memory.use() == ""
+    grown = before[0].resize_(300_000)
+    assert grown[:1000].tolist() == list(range(1000))
+    after = torch.arange(1000)
+    after.resize_(300_000)
+    assert after[:1000].tolist() == list(range(1000))
+    del before
+    assert torch.equal(copy.deepcopy(grown[:1000]), grown[:1000])
+    lazy = torch._lazy_clone(after)
+    lazy += 1
+    assert after[1] == 1 and lazy[1] == 2
+    file = io.BytesIO()
+    torch.save(after, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file), after)
+    after.share_memory_()
+    worker = threading.Thread(target=lambda: after.resize_(10))
+    del grown, lazy
+    worker.start()
+    worker.join()
+    gc.collect()
 
 
 def test_beside_tensors_of_torch():
-    """Made before and freed after; grown, copied, saved, shared and freed elsewhere."""
-
-    def main() -> None:
-        before = [torch.arange(1000), torch.empty(MIB)]
-        assert tensor_memory.use("auto") == "" and tensor_memory.use("native") == ""
-        grown = before[0].resize_(300_000)
-        assert grown[:1000].tolist() == list(range(1000))
-        after = torch.arange(1000)
-        after.resize_(300_000)
-        assert after[:1000].tolist() == list(range(1000))
-        del before
-        assert torch.equal(copy.deepcopy(grown[:1000]), grown[:1000])
-        lazy = torch._lazy_clone(after)
-        lazy += 1
-        assert after[1] == 1 and lazy[1] == 2
-        file = io.BytesIO()
-        torch.save(after, file)
-        file.seek(0)
-        assert torch.equal(torch.load(file), after)
-        after.share_memory_()
-        worker = threading.Thread(target=lambda: after.resize_(10))
-        del grown, lazy
-        worker.start()
-        worker.join()
-        gc.collect()
-
-    run_ranks(main, 1)
+    code = "from tests.native import test_tensor_memory as t; t.beside_tensors_of_torch()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_a_child_frees_what_its_parent_made():
@@ -108,14 +100,14 @@ def test_a_child_frees_what_its_parent_made():
         assert os.waitpid(child, 0)[1] == 0
         assert float(kept[0].sum()) == 2 * MIB
 
-    _in_a_process(check)
+    run_ranks(check, 1)
 
 
 @pytest.mark.parametrize("size", [1 << 50, (1 << 63) - 8])
 def test_more_than_there_is(size):
     """The words by which a run that is out of memory is known (observe/memory.py)."""
     with pytest.raises(RanksFailedError, match=f"can't allocate memory.* {size} bytes"):
-        _in_a_process(lambda: torch.empty(size, dtype=torch.uint8))
+        run_ranks(lambda: torch.empty(size, dtype=torch.uint8), 1)
 
 
 def test_the_profiler_counts_it():
@@ -126,7 +118,7 @@ def test_the_profiler_counts_it():
         made = [event.cpu_memory_usage for event in seen.events() if event.name == "aten::empty"]
         assert made == [3 * MIB]
 
-    _in_a_process(check)
+    run_ranks(check, 1)
 
 
 def test_where_it_cannot_be_compiled(tmp_path, monkeypatch):
@@ -140,5 +132,12 @@ def test_where_it_cannot_be_compiled(tmp_path, monkeypatch):
     assert said.startswith("native, tensors in torch's memory (") and "ended with 1" in said
 
 
-def test_torch_is_asked_for():
-    assert tensor_memory.use("torch") == "--cpu-kernels torch"
+def test_torch_is_asked_for(monkeypatch):
+    used = []
+    monkeypatch.setattr(tensor_memory, "use", lambda: used.append("malloc") or "")
+
+    def started(asked):
+        return start("cpu", cpu_kernels=asked).kernels, len(used)
+
+    said = [run_ranks(started, 1, asked)[0] for asked in ("torch", "auto")]
+    assert said == [("torch (--cpu-kernels torch)", 0), ("native", 1)]

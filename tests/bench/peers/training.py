@@ -63,7 +63,7 @@ def tune() -> None:
     from megatron_ext.native import tensor_memory
 
     keep_large_blocks()
-    tensor_memory.use("auto")
+    tensor_memory.use()
     if medium_matmul_keeps_float32():
         torch.set_float32_matmul_precision("medium")
 
