@@ -1,32 +1,43 @@
-"""One writer a folder: `lease.json` names the host and process that may save here.
+"""One writer a folder: `lease.json` names the host and process that may write here.
 
-Taken by rank 0 with O_EXCL, touched every few seconds while the run lives, removed at its end. A
+Linked into its place whole, touched every few seconds while the run lives, removed at its end. A
 lease is stale, and is taken over, when its process is gone (seen from the same host and process-id
 namespace) or, seen from elsewhere, when it has not been touched for two minutes of the file
-server's own clock.
+server's own clock. Where only that age can tell, who wants the folder waits: until the holder is
+seen to touch its lease (refused), or until it is stale.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
 import os
 import socket
 import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint.folder import disk_error
-from megatron_ext.errors import LockedError
+from megatron_ext.checkpoint.folder import write_new
+from megatron_ext.errors import DiskError, LockedError
 
 LEASE = "lease.json"
 _GUARD = ".lease.guard"
 BEAT_S = 10.0
 STALE_S = 120.0
+LOOK_S = 1.0
+"""Between two looks at a lease whose holder cannot be seen."""
+WAITING = (
+    "%s is held by %s, which cannot be seen from here (last sign %.0f s ago): waiting for another"
+    " sign of it, %.0f s at most"
+)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +60,21 @@ def _namespace() -> str:
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return "unknown"
+
+
+@dataclass(frozen=True)
+class _Sign:
+    """What a lease whose holder cannot be seen from here showed in one look."""
+
+    owner: str | None
+    touched_ns: int
+    age_s: float
+    who: str
+
+
+_NOBODY = "nobody"
+_AGAIN = _Sign(_NOBODY, 0, 0.0, "")
+"""The lease has just come or gone: look again."""
 
 
 class Lease:
@@ -79,38 +105,85 @@ class Lease:
             os.close(descriptor)
 
     def take(self) -> None:
-        """Take the lease. Raises LockedError (73) while another run holds it, DiskError (74) if
-        nothing can be written.
+        """Take the lease; waits, and says so once, where only time can tell whether another run
+        holds it. Raises LockedError (73) while one does, DiskError (74) if nothing can be written.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with self._guard() as guard:
-                self._clear_stale(guard)
-                descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-                with os.fdopen(descriptor, "w") as file:
-                    json.dump(self.identity, file)
+            first, has_said = None, False
+            while (seen := self._look(first)) is not None:
+                if seen.owner is not _NOBODY and not has_said:
+                    left_s = STALE_S - seen.age_s
+                    _log.warning(WAITING, self.directory, seen.who, seen.age_s, left_s)
+                    has_said = True
+                first = seen
+                time.sleep(LOOK_S)
         except OSError as error:
-            raise disk_error(error, self.directory) from error
+            raise DiskError(
+                f"cannot write into the folder: {error.strerror}",
+                do="free space, or --run-dir and --save folders that can be written",
+                path=error.filename or self.directory,
+            ) from error
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
-    def _clear_stale(self, guard: int) -> None:
-        """Remove a lease without an owner; refuse if it has one."""
-        holder = read_lease(self.path)
-        if holder is None:
-            return
+    def _look(self, first: _Sign | None) -> _Sign | None:
+        """None: the lease is ours now. Else what was seen when the wait for its holder began."""
+        with self._guard() as guard:
+            holder = read_lease(self.path)
+            if holder is not None:
+                try:
+                    seen = self._sign(holder, guard)
+                except FileNotFoundError:  # given free between the two looks
+                    return _AGAIN
+                if is_alive(holder, self.identity, seen.age_s):
+                    is_same = first is not None and seen.owner == first.owner
+                    has_moved = is_same and seen.touched_ns > first.touched_ns
+                    if has_moved or is_seen(holder, self.identity):
+                        raise self._held(seen)
+                    return first if is_same else seen
+                _log.warning("took over the stale lease of %s in %s", seen.who, self.directory)
+                self.path.unlink()
+            return None if self._create() else _AGAIN
+
+    def _sign(self, holder: dict[str, Any], guard: int) -> _Sign:
         os.utime(guard)
-        age_s = os.fstat(guard).st_mtime - self.path.stat().st_mtime
-        who = f"host {holder.get('host')} pid {holder.get('pid')}"
-        if holder.get("job"):
-            who += f" job {holder['job']}"
-        if is_alive(holder, self.identity, age_s):
-            raise LockedError(
-                f"another run saves into this folder: {who}, last sign {age_s:.0f} s ago",
-                do=f"stop that run, or --save another folder; if it is gone, remove {self.path}",
-                path=self.directory,
-            )
-        _log.warning("took over the stale lease of %s in %s", who, self.directory)
-        self.path.unlink()
+        info = self.path.stat()
+        age_s = os.fstat(guard).st_mtime - info.st_mtime
+        who = f"host {holder.get('host')} pid {holder.get('pid')}" if holder else "an unknown run"
+        who += f" job {holder['job']}" if holder.get("job") else ""
+        return _Sign(holder.get("uuid"), info.st_mtime_ns, age_s, who)
+
+    def _held(self, seen: _Sign) -> LockedError:
+        return LockedError(
+            f"another run holds this folder: {seen.who}, last sign {seen.age_s:.0f} s ago",
+            do="stop that run, or --run-dir and --save another folder;"
+            f" if it is gone, remove {self.path}",
+            path=self.directory,
+        )
+
+    def _create(self) -> bool:
+        """The lease with its whole content, or False where there is one already."""
+        temporary = self.directory / f".{LEASE}.{self.identity['uuid'][:8]}"
+        write_new(temporary, json.dumps(self.identity).encode())
+        try:
+            os.link(temporary, self.path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS or self.path.exists():
+                raise
+            os.rename(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._sweep()
+        return True
+
+    def _sweep(self) -> None:
+        """Remove what processes that were killed in `_create` left."""
+        for left in self.directory.glob(f".{LEASE}.*"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > STALE_S:
+                    left.unlink()
 
     def _beat(self) -> None:
         """Touch the lease until released; a failing touch is not worth a run, the next save will
@@ -132,7 +205,7 @@ class Lease:
         if not self.is_mine():
             raise LockedError(
                 "the lease on this folder was lost to another run or removed",
-                do="start again with --save another folder, or when the other run is done",
+                do="start again with another --run-dir and --save, or when the other run is done",
                 path=self.directory,
             )
 
@@ -157,11 +230,44 @@ def read_lease(path: Path) -> dict[str, Any] | None:
     return holder if isinstance(holder, dict) else {}
 
 
+def is_seen(holder: dict[str, Any], me: dict[str, Any]) -> bool:
+    """Whether the holder's process can be looked up from here."""
+    is_here = me["namespace"] != "unknown" and holder.get("namespace") == me["namespace"]
+    return is_here and isinstance(holder.get("pid"), int)
+
+
 def is_alive(holder: dict[str, Any], me: dict[str, Any], age_s: float) -> bool:
     """Whether the holder still runs: its process, where it can be seen from here, else the age of
     its last sign.
     """
-    can_see = me["namespace"] != "unknown" and holder.get("namespace") == me["namespace"]
-    if can_see and isinstance(holder.get("pid"), int):
+    if is_seen(holder, me):
         return _started(holder["pid"]) == holder.get("started")
     return age_s < STALE_S
+
+
+class Leases:
+    """The right to write into several folders; one that is named twice is taken once."""
+
+    def __init__(self, directories: Iterable[Path]) -> None:
+        places = {path.resolve(): path for path in directories}
+        self._leases = [Lease(path) for path in places.values()]
+
+    def take(self) -> None:
+        """All or none. Raises what `Lease.take` does."""
+        for number, lease in enumerate(self._leases):
+            try:
+                lease.take()
+            except BaseException:
+                for taken in self._leases[:number]:
+                    taken.release()
+                raise
+
+    def check(self) -> None:
+        """Raises LockedError if one was lost."""
+        for lease in self._leases:
+            lease.check()
+
+    def release(self) -> None:
+        """Give all folders free."""
+        for lease in reversed(self._leases):
+            lease.release()
