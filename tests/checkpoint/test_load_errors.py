@@ -143,13 +143,13 @@ def test_a_folder_in_use_is_refused_on_all_ranks(tmp_path):
     lease.take()
     outcomes = _outcomes(None, own=tmp_path / "ckpt")
     lease.release()
-    _one_message(outcomes, 73, "another run saves into this folder", "pid")
+    _one_message(outcomes, 73, "another run holds this folder", "pid")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_on_all_ranks(tmp_path):
     (tmp_path / "file").write_text("")
     outcomes = _outcomes(None, own=tmp_path / "file" / "ckpt")
-    _one_message(outcomes, 74, "cannot write the checkpoint", str(tmp_path / "file"))
+    _one_message(outcomes, 74, "cannot write into the folder", str(tmp_path / "file"))
 
 
 def test_no_step_is_called_complete_by_its_name_alone(tmp_path):
