@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import warm
+from launch.outside import Outside
 from launch.ranks import FORWARDED, Failure, Ranks
 from launch.reason import Reason, newest_checkpoint
 from launch.restarts import Budget
@@ -19,6 +20,7 @@ from launch.words import Options
 from megatron_ext.errors import (
     EXIT_REASON,
     INTERNAL_BUG,
+    HangError,
     Preempted,
     RendezvousError,
     ResourceError,
@@ -86,6 +88,7 @@ class Launch:
         self._run = Path(cfg.observe.run_dir)
         self._save = Path(cfg.checkpoint.save or self._run / "checkpoints")
         self._has_saves = bool(cfg.checkpoint.save_interval)
+        self._hang_limit_s = cfg.resilience.hang_limit_s
         self._ranks = Ranks(self._failed)
         self._reason: Reason | None = None
         self._is_warm = False
@@ -131,7 +134,7 @@ class Launch:
             self._ranks.kill()
             self._ranks.wait()
             raise
-        first = self._ranks.wait()
+        first = self._ranks.wait(self._outside())
         if first is None:
             return 0, None
         reason = self._reason.read() or {}
@@ -140,6 +143,13 @@ class Launch:
         if self._num_interrupts > 1:
             return BY_CTRL_C, None
         return self._code(first, reason), reason.get("step")
+
+    def _outside(self) -> Outside:
+        """Who looks at the ranks of this machine while they run."""
+        logs, limit_s = self._run / "logs", self._hang_limit_s
+        return Outside(
+            logs, limit_s, self._options.world_size, self._reason.path, self._ranks.pids
+        )
 
     def _code(self, first: Failure, reason: Mapping[str, Any]) -> int:
         """A rank's own word counts, but not the errors of those that a killed rank left behind."""
@@ -192,7 +202,8 @@ class Launch:
 
     def _failed(self, first: Failure) -> None:
         """Write down at once what a killed rank could not say, and say it to the user."""
-        is_ours = self._num_interrupts > 1
+        said = self._reason.read() or {}  # where the launcher itself ended ranks that hang
+        is_ours = self._num_interrupts > 1 or said.get("code") == HangError.code
         if first.rank is None or is_ours or 64 <= first.code < 80:
             return
         self._reason.write(first.code, first.rank, first.pid, str(first))

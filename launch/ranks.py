@@ -11,11 +11,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from launch import warm
+from launch.outside import Outside
 from megatron_ext.errors import ResourceError
 
 FATAL_CODES = range(64, 80)
@@ -69,6 +71,7 @@ class Ranks:
         self._libc = ctypes.CDLL(None)
         self._parent = os.getpid()
         self._rank_of: dict[int, int | None] = {}
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # `wait` sleeps until one comes
 
     def fork(self, rank: int, environment: Mapping[str, str], flags: Sequence[str]) -> None:
         """Start the program as a copy of this process, which has imported it: see warm.py."""
@@ -126,15 +129,26 @@ class Ranks:
 
     def _in_child(self) -> None:
         os.setpgid(0, 0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         self._libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self._parent:
             os._exit(1)
 
-    def wait(self) -> Failure | None:
-        """Wait for all; the first that failed."""
+    def pids(self) -> dict[int, int]:
+        """Rank -> process id of those that live (none of srun's, which are not ours)."""
+        return {rank: pid for pid, rank in self._rank_of.items() if rank is not None}
+
+    def wait(self, outside: Outside | None = None) -> Failure | None:
+        """Wait for all; the first that failed. `outside` looks at them meanwhile."""
         first = None
+        poll_s = outside.poll_s if outside else None
         while self._rank_of:
-            pid, status = os.waitpid(-1, 0)
+            pid, status = os.waitpid(-1, os.WNOHANG if poll_s else 0)
+            if not pid:
+                signal.sigtimedwait({signal.SIGCHLD}, poll_s)
+                if outside.is_over(time.monotonic()):
+                    self.kill()
+                continue
             if pid not in self._rank_of:
                 continue
             rank = self._rank_of.pop(pid)

@@ -74,6 +74,8 @@ OPS = (
     "recv",
 )
 POINT_TO_POINT = ("send", "recv")
+STOPPED = ("T", "t")
+"""States of /proc/PID/stat of a process that is stopped, by a signal or a debugger."""
 
 
 @dataclass(frozen=True)
@@ -332,10 +334,10 @@ def parse(data: bytes) -> Heartbeat | None:
     )
 
 
-def read(logs: Path, rank: int, token: int) -> Heartbeat | None:
-    """The heartbeat of a rank of this launch; None before it has one."""
+def read(logs: Path, rank: int, token: int | None = None) -> Heartbeat | None:
+    """The heartbeat of a rank of this launch (None: of any); None before it has one."""
     try:
         found = parse(heartbeat_path(logs, rank).read_bytes())
     except OSError:
         return None
-    return found if found is not None and found.token == token else None
+    return found if found is not None and token in (None, found.token) else None

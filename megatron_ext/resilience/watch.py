@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 
 from megatron_ext.mesh.agree import first_rank
-from megatron_ext.resilience import watcher
+from megatron_ext.resilience import hang, watcher
 from megatron_ext.resilience.collectives import Recorder, recording
 from megatron_ext.resilience.heartbeat import (
     PHASES,
@@ -144,14 +145,14 @@ def _threads(targets: Sequence[Callable], stopped: threading.Event) -> Iterator[
             thread.join(timeout=10)
 
 
-def _open(logs: Path, rank: int, world_size: int) -> tuple[HeartbeatFile, int] | None:
-    """(this rank's heartbeat, the token of this launch); None on all ranks, with one warning, where
-    the folder cannot be written on any. Collective.
+def _open(logs: Path, rank: int, world_size: int) -> tuple[HeartbeatFile, int, list[str]] | None:
+    """(this rank's heartbeat, the token of this launch, each rank's host); None on all ranks, with
+    one warning, where the folder cannot be written on any. Collective.
     """
 
     def new_token() -> int:
         with contextlib.suppress(OSError):
-            watcher.forget(logs)
+            hang.forget(logs)
         return time.time_ns()
 
     token = first_rank(new_token)
@@ -161,19 +162,19 @@ def _open(logs: Path, rank: int, world_size: int) -> tuple[HeartbeatFile, int] |
         stack_path(logs, rank).write_text("")
     except OSError as refused:
         error = f"rank {rank}: {refused}"
-    errors: list = [None] * world_size
-    torch.distributed.all_gather_object(errors, error)
-    failed = [text for text in errors if text]
+    answers: list = [None] * world_size
+    torch.distributed.all_gather_object(answers, (error, socket.gethostname()))
+    failed = [text for text, _ in answers if text]
     if failed and rank == 0:
         logger.warning("no watch for hangs and stragglers: %s", failed[0])
-    return None if failed else (file, token)
+    return None if failed else (file, token, [host for _, host in answers])
 
 
 @contextlib.contextmanager
-def watching(settings, logs: Path, stages: Sequence[int], num_hosts: int = 1) -> Iterator[NoWatch]:
+def watching(settings, logs: Path, stages: Sequence[int]) -> Iterator[NoWatch]:
     """Watch this run (`settings`: cfg.resilience). Collective: all ranks enter.
 
-    `stages`: the pipeline stage of each rank. `num_hosts`: over one, heartbeats are flushed to the
+    `stages`: the pipeline stage of each rank. Over several hosts heartbeats are flushed to the
     shared folder. Nothing is started where both --hang-limit-s and --straggler-interval are 0.
     """
     limits, rank, world_size = _limits(settings), torch.distributed.get_rank(), len(stages)
@@ -185,14 +186,14 @@ def watching(settings, logs: Path, stages: Sequence[int], num_hosts: int = 1) ->
     if opened is None:
         yield _UNWATCHED
         return
-    file, token = opened
+    file, token, hosts = opened
     found: queue.SimpleQueue = queue.SimpleQueue()
     recorder, stopped = Recorder(file), threading.Event()
     watch = Watch(file, recorder, found)
     evaluation = _evaluation(settings, stages, rank, found)
-    thread = watcher.Watcher(logs, rank, world_size, token, limits, evaluation)
+    thread = watcher.Watcher(logs, rank, hosts, token, limits, evaluation)
     targets = (
-        lambda: beat_for_ever(file, stopped, num_hosts > 1),
+        lambda: beat_for_ever(file, stopped, len(set(hosts)) > 1),
         lambda: thread.run(stopped),
     )
     reset = _CURRENT.set(watch)

@@ -149,7 +149,6 @@ def watch(cfg: RunConfig, where: RunDirectory) -> Iterator[None]:
     layout = layout_of(cfg.parallel)
     ranks = range(torch.distributed.get_world_size())
     stages = [layout.coordinates(rank)["pp"] for rank in ranks]
-    num_hosts = len(stages) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", len(stages))))
     limit_s, timeout_s = cfg.resilience.hang_limit_s, 60 * cfg.parallel.distributed_timeout_minutes
     if _is_first() and limit_s >= timeout_s:
         logging.getLogger(__name__).warning(
@@ -158,7 +157,7 @@ def watch(cfg: RunConfig, where: RunDirectory) -> Iterator[None]:
             limit_s,
             timeout_s,
         )
-    with watching(cfg.resilience, where.root / "logs", stages, num_hosts):
+    with watching(cfg.resilience, where.root / "logs", stages):
         entering("load")
         yield
 

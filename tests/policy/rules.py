@@ -46,7 +46,11 @@ READS_DATA = 8
 """From this layer on a package may import data/."""
 
 WITHOUT_TORCH = ("megatron_ext.errors", "megatron_ext.config", "megatron_ext.costs")
-READ_BY_LAUNCHERS = ("megatron_ext.mesh.limits",)
+READ_BY_LAUNCHERS = (
+    "megatron_ext.mesh.limits",
+    *(f"megatron_ext.resilience.{name}" for name in ("clocks", "diagnose", "hang", "heartbeat")),
+)
+"""Modules of higher layers that work without torch."""
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.Try)
 
@@ -80,7 +84,7 @@ def wrong_imports(module: str, tree: ast.Module) -> list[str]:
 def _import_problem(module: str, name: str) -> str | None:
     if name.startswith("."):
         return "relative imports hide the package"
-    is_light = module.startswith((*WITHOUT_TORCH, "launch"))
+    is_light = module.startswith((*WITHOUT_TORCH, *READ_BY_LAUNCHERS, "launch"))
     if is_light and name.split(".")[0] in ("torch", "megatron"):
         return "this package works without torch"
     if name.split(".")[0] not in OURS or module == "pretrain_moe":

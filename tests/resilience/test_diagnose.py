@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 
+from megatron_ext.resilience.clocks import Clocks, Limits, why_silent
 from megatron_ext.resilience.diagnose import diagnose, name_ranks
 from megatron_ext.resilience.heartbeat import OPS, PHASES, HeartbeatFile, heartbeat_path, read
 from megatron_ext.resilience.stacks import cluster, main_stack
-from megatron_ext.resilience.watcher import Clocks, Limits, why_silent
 
 ALL = "0:4:1"
 
@@ -120,8 +120,25 @@ def test_who_waits_for_a_slow_phase_is_patient(tmp_path):
     beats = {r: rank_file(tmp_path, r, [all_reduce(1)]) for r in range(3)}
     beats[3] = rank_file(tmp_path, 3, [], "load", waits=False)
     clocks = Clocks()
-    clocks.look(beats, 0)
-    assert not clocks.still(LIMITS, 90) and clocks.still(LIMITS, 101)
+    for now in range(102):
+        clocks.look({r: alive(beat, now) for r, beat in beats.items()}, now)
+        assert clocks.still(LIMITS, now) == (now > 100)
+
+
+@pytest.mark.parametrize("victims_phase", PHASES[:-1])
+@pytest.mark.parametrize("others_phase", PHASES[:-1])
+def test_no_beats_are_a_hang_in_every_phase(tmp_path, victims_phase, others_phase):
+    """The rank that is stopped, and the others in a phase that may be slow, as in a save."""
+    beats = {r: rank_file(tmp_path, r, [], others_phase, waits=False) for r in (0, 1, 3)}
+    beats[2] = rank_file(tmp_path, 2, [], victims_phase, waits=False)
+    clocks = Clocks()
+    for now in range(11):
+        clocks.look({r: alive(b, now) if r != 2 else b for r, b in beats.items()}, now)
+        assert not clocks.still(LIMITS, now)
+    clocks.look({r: alive(b, 11) if r != 2 else b for r, b in beats.items()}, 11)
+    assert clocks.still(LIMITS, 11)
+    verdict = diagnose(clocks.beats, clocks.silent(LIMITS, 11))
+    assert verdict.ranks == (2,) and f"in {victims_phase} of step 9" in verdict.text
 
 
 def test_ranks_that_left_and_first_steps(tmp_path):
@@ -130,8 +147,9 @@ def test_ranks_that_left_and_first_steps(tmp_path):
     clocks.look(left, 0)
     assert not clocks.still(LIMITS, 1e6) and clocks.silent(LIMITS, 1e6) == {}
     first = dataclasses.replace(rank_file(tmp_path, 1, [], "forward", waits=False), num_steps=0)
-    clocks.look({1: first}, 0)
-    assert not clocks.still(LIMITS, 90)
+    for now in range(91):
+        clocks.look({1: alive(first, now)}, now)
+        assert not clocks.still(LIMITS, now)
 
 
 def test_a_watcher_that_slept_blames_nobody(tmp_path):

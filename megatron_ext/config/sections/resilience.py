@@ -15,7 +15,8 @@ class ResilienceSection:
     --distributed-timeout-minutes, after which a collective fails without naming anybody."""
 
     hang_slow_limit_s: float = 3600.0
-    """The same while loading, saving and in the first step, which may be silent for long."""
+    """The same while loading, saving and in the first step, which may be silent for long, as long as
+    the rank's beats go on."""
 
     straggler_interval: int = 4
     """Every so many steps ranks are compared over the last four times as many; one that was late in
