@@ -15,7 +15,7 @@ class ResilienceSection:
     --distributed-timeout-minutes, after which a collective fails without naming anybody."""
 
     hang_slow_limit_s: float = 3600.0
-    """The same while loading, saving and in the first step, which may be silent for long, as long as
+    """The same while loading, saving and in the first step, which may be silent for long, while
     the rank's beats go on."""
 
     straggler_interval: int = 4
