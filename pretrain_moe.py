@@ -9,7 +9,7 @@ One rank: `python pretrain_moe.py --config configs/quickstart.yaml`; several: `t
 """
 
 from megatron_ext.config import RunConfig, parse
-from megatron_ext.errors import exit_on_fatal
+from megatron_ext.errors import ConfigError, exit_on_fatal
 from megatron_ext.mesh.attempt import die_with_parent
 from megatron_ext.mesh.imports import without_collections
 from megatron_ext.mesh.limits import check_limits
@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> None:
             from megatron_ext.config.explain import explain, to_text
 
             print(to_text(explain(cfg)))
+            if cfg.broken:
+                raise ConfigError(violations=cfg.broken)
         elif cfg.action == "dry-run":
             from megatron_ext.costs.dryrun import dry_run
 

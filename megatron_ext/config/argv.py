@@ -10,9 +10,10 @@ import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_ext.config.flags import Flag, all_flags
-from megatron_ext.config.kinds import Kind
+from megatron_ext.config.kinds import EMPTY, Kind
 from megatron_ext.errors import ConfigError, Violation
 
 CONTROL: tuple[Flag, ...] = (
@@ -66,9 +67,14 @@ CONTROL: tuple[Flag, ...] = (
 """Flags of the program itself: they choose an action and are no part of the run."""
 
 
+UNSET = "null"
+"""The word after a flag, or the value in a file, that takes back what was given before."""
+YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
 @dataclass(frozen=True)
 class Setting:
-    """One flag as it was given."""
+    """One flag as it was given; the value None takes back what was given before."""
 
     dest: str
     flag: str
@@ -81,6 +87,7 @@ def every_flag() -> dict[str, Flag]:
     return {**{f.dest: f for f in CONTROL}, **all_flags()}
 
 
+@lru_cache(maxsize=1)
 def spellings_table() -> dict[str, Flag]:
     """Spelling -> flag, with underscores read as hyphens."""
     table = {}
@@ -112,7 +119,7 @@ class _Help(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         words = [*action.option_strings[:1]]
         words += [s for s in action.option_strings[1:] if s == getattr(action, "other_side", None)]
-        metavar = f" {action.metavar}" if action.metavar and action.nargs != 0 else ""
+        metavar = f" {action.metavar}" if action.metavar else ""
         return ", ".join(words) + metavar
 
 
@@ -135,18 +142,13 @@ def build_parser(prog: str = "pretrain_moe.py") -> argparse.ArgumentParser:
         options = {"dest": flag.dest, "action": _Collect, "default": argparse.SUPPRESS}
         action = groups[flag.section].add_argument(
             *spelled,
-            nargs=_words_taken(flag.kind),
+            nargs="*",  # so that argparse does not stop at the first wrong count
             help=_help(flag),
-            metavar=_words(flag.kind),
+            metavar=None if flag.kind.base == "bool" else _words(flag.kind),
             **options,
         )
         action.other_side = flag.negatives[0] if flag.negatives else None  # type: ignore[attr-defined]
     return parser
-
-
-def _words_taken(kind: Kind) -> int | str:
-    """Any number of words, so that argparse does not stop at the first wrong count."""
-    return 0 if kind.base == "bool" else "*"
 
 
 def _words(kind: Kind) -> str:
@@ -183,36 +185,58 @@ def _unknown(words: Sequence[str], origin: str) -> list[Violation]:
     return found
 
 
-def read_words(words: Sequence[str], origin: str, parser: argparse.ArgumentParser) -> list[Setting]:
-    """The settings that the words spell, in order.
-
-    Raises:
-        ConfigError: unknown flags and bad values, all of them together.
-    """
+def read_words(
+    words: Sequence[str], origin: str, parser: argparse.ArgumentParser
+) -> tuple[list[Setting], list[Violation]]:
+    """The settings that the words spell, in order; and unknown flags and bad values."""
     namespace = argparse.Namespace(given=[])
     _, rest = parser.parse_known_args(list(words), namespace)
     violations = _unknown(rest, origin) if rest else []
     settings = []
     flags = every_flag()
     for dest, spelled, raw in namespace.given:
+        flag = flags[dest]
         try:
-            settings.append(Setting(dest, spelled, _value(flags[dest], spelled, raw), origin))
+            settings.append(Setting(dest, spelled, _value(flag, spelled, raw), origin))
         except ValueError as error:
-            kind = flags[dest].kind
-            use = f"for instance {spelled} {_words(kind)}"
-            close = nearest(raw[0], map(str, kind.choices)) if kind.choices and raw else ""
-            use = f"use {spelled} {close}" if close else use
+            use = _way_out(flag, spelled, raw, str(error))
             violations.append(Violation(spelled, " ".join(raw), str(error), use))
-    if violations:
-        raise ConfigError(violations=violations)
-    return settings
+    return settings, violations
 
 
 def _value(flag: Flag, spelled: str, raw: list[str]) -> object:
+    """The value; None unsets what was given before.
+
+    Raises:
+        ValueError: with the broken rule.
+    """
+    is_unset = raw == [UNSET] or (raw == [""] and flag.default == "")
+    if is_unset and flag.section != "program":
+        return None
     if flag.kind.base == "bool":
+        if raw:
+            raise ValueError("is not a value of a switch")
         return spelled.replace("_", "-") not in flag.negatives
     if not raw:
         raise ValueError("needs a value")
     if flag.kind.many is None and len(raw) > 1:
         raise ValueError(f"takes one value, not {len(raw)}")
     return flag.kind.convert(raw)
+
+
+def _way_out(flag: Flag, spelled: str, raw: list[str], rule: str) -> str:
+    if rule == EMPTY:
+        return f"leave {spelled} out, or write null in YAML"
+    if flag.kind.base == "bool":
+        return _side(flag, spelled, raw[0])
+    close = nearest(raw[0], map(str, flag.kind.choices)) if flag.kind.choices and raw else ""
+    return f"use {spelled} {close}" if close else f"for instance {spelled} {_words(flag.kind)}"
+
+
+def _side(flag: Flag, spelled: str, word: str) -> str:
+    """`write --no-bf16` for `--bf16 false`."""
+    is_on = spelled.replace("_", "-") not in flag.negatives
+    for words, wanted in ((YES, is_on), (NO, not is_on)):
+        if word.lower() in words:
+            return f"write {(flag.names if wanted else flag.negatives)[0]}"
+    return f"write {flag.names[0]} or {flag.negatives[0]}"

@@ -4,8 +4,9 @@
     no effect               ... why
     other or old names      ... what to write instead
     derived                 what followed from the others
+    missing                 what a training needs besides
 
-Wrong command lines never come here: `parse` refuses them with the lines of every other start.
+Rules that the line breaks are in `RunConfig.broken`, for the program to say behind it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_ext.config import ignored, renamed
-from megatron_ext.config.argv import Setting
+from megatron_ext.config.argv import UNSET, Setting
+from megatron_ext.config.checks import required
 from megatron_ext.config.conditions import unmet
 from megatron_ext.config.flags import Flag, all_flags, members
 
@@ -62,6 +64,7 @@ class Explanation:
     no_effect: tuple[Line, ...]
     other_names: tuple[Line, ...]
     derived: tuple[Line, ...]
+    missing: tuple[Line, ...]
     num_defaults: int
     notes: tuple[str, ...]
 
@@ -102,11 +105,19 @@ def explain(cfg: RunConfig) -> Explanation:
     return Explanation(
         **{name: tuple(lines) for name, lines in groups.items()},
         derived=tuple(derived),
+        missing=_missing(cfg),
         num_defaults=sum(origin == "default" for origin in cfg.origins.values()),
         notes=tuple(
             w for w in cfg.warnings if not w.startswith(("no effect:", renamed.OTHER_NAMES))
         ),
     )
+
+
+def _missing(cfg: RunConfig) -> tuple[Line, ...]:
+    """What a training with these flags would ask for; not what was given and is wrong."""
+    wrong = {v.flag for v in cfg.broken if v.value is not None}
+    found = required.rules(replace(cfg, action="train"))
+    return tuple(Line(v.flag, "", v.rule, v.use) for v in found if v.flag not in wrong)
 
 
 def _values(cfg: RunConfig) -> dict[str, object]:
@@ -169,6 +180,8 @@ def _source(origin: str) -> str:
 
 
 def _shown(value: object) -> str:
+    if value is None:
+        return UNSET
     text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return text if len(text) <= WIDEST else text[: WIDEST - 3] + "..."
 
@@ -185,6 +198,8 @@ def to_text(explained: Explanation) -> str:
         _block("other or old names, read as said", explained.other_names),
         _block("derived from these", explained.derived),
     ]
+    if explained.missing:
+        blocks.append(_block("missing for a training", explained.missing))
     tail = f"{explained.num_defaults} values keep their default (--print-config yaml shows all)"
     notes = [f"note: {text}" for text in explained.notes]
     return "\n\n".join([*blocks, "\n".join([*notes, tail])])

@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_ext.config import ignored, mcore_fields, refused, renamed, spellings
 from megatron_ext.config.fields import UNREADABLE, Field, read_dataclass
 from megatron_ext.config.kinds import Kind, kind_of
+from megatron_ext.config.mcore_ranges import range_of
 
 OURS: dict[str, tuple[str, str]] = {
     "parallel": ("parallel.py", "ParallelSection"),
@@ -89,7 +90,8 @@ def _kind(field: Field) -> Kind | None:
         return None
     choices = spellings.CHOICES.get(field.name, kind.choices)
     optional = kind.optional or field.name in spellings.OPTIONAL or field.default is None
-    return Kind(kind.base, kind.many, choices, optional)
+    limits = kind.range if kind.range or choices else range_of(field.name, kind.base)
+    return Kind(kind.base, kind.many, choices, optional, limits)
 
 
 def flag_from_field(field: Field, section: str) -> Flag | None:

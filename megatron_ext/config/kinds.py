@@ -4,6 +4,7 @@ int | None                -> one whole number        Literal["a", "b"]   -> one 
 list[str]                 -> one or more words       Union[str, List[str]] -> one word or a list
 Union[int, List[int]]     -> a number or a pattern such as ([0]*3+[1]*58), read without eval
 Tuple[int, int]           -> (128,0)
+Seed, list[Count], ...    -> the numbers of `megatron_ext.ranges`, which end where those say
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from dataclasses import dataclass
 
 from megatron_ext.config.fields import UNREADABLE
 from megatron_ext.config.mcore_fields import enum_members
+from megatron_ext.ranges import RANGES, Range, real_number, whole_number
+
+EMPTY = "is empty: an unset variable of the shell?"
+"""What is said of a word without a letter, whatever the flag."""
 
 PATTERN_LIMIT = 100_000
 """Longest list a pattern may spell, in entries."""
@@ -40,19 +45,23 @@ class Kind:
         many: None one word; "+" one or more; "fold" one or more, where one stays a scalar.
         choices: allowed values, if limited.
         optional: None is a legal value.
+        range: of each number; None where there are `choices` or no numbers.
     """
 
     base: str
     many: str | None = None
     choices: tuple | None = None
     optional: bool = False
+    range: Range | None = None
 
     def convert(self, words: list[str]) -> object:
-        """The value that the words spell.
+        """The value that the words spell, in its range or not.
 
         Raises:
             ValueError: with the rule that they break, for a message.
         """
+        if not all(word.strip() for word in words):
+            raise ValueError(EMPTY)
         values = [self._one(word) for word in words]
         if self.many is None:
             return values[0]
@@ -64,35 +73,6 @@ class Kind:
             names = ", ".join(str(c) for c in self.choices)
             raise ValueError(f"must be one of {names}")
         return value
-
-
-def whole_number(word: str) -> int:
-    """``5``, ``5e5`` or ``500_000``."""
-    try:
-        return int(word)
-    except ValueError:
-        return _whole_float(word)
-
-
-def _whole_float(word: str) -> int:
-    try:
-        number = float(word)
-    except ValueError:
-        raise ValueError("must be a whole number") from None
-    if not number.is_integer():
-        raise ValueError("must be a whole number")
-    return int(number)
-
-
-def real_number(word: str) -> float:
-    """A finite or infinite number; ``nan`` is refused."""
-    try:
-        number = float(word)
-    except ValueError:
-        raise ValueError("must be a number") from None
-    if number != number:  # noqa: PLR0124 - NaN is the only number that differs from itself
-        raise ValueError("must be a number, not NaN")
-    return number
 
 
 def pattern(word: str) -> int | list[int]:
@@ -154,14 +134,15 @@ def kind_of(annotation: str) -> Kind | None:
         if base == "enum":
             return Kind("str", None, enum_members(str(choices)), optional)
         return Kind(base, many, choices, optional)  # type: ignore[arg-type]
-    if text in _SCALARS:
-        return Kind(text, None, None, optional)
+    if text in RANGES or text in _SCALARS:
+        limits = RANGES.get(text)
+        return Kind(limits.base if limits else text, None, None, optional, limits)
     if text.startswith("Literal["):
         choices = ast.literal_eval(f"({text[len('Literal[') : -1]},)")
         return Kind("int" if isinstance(choices[0], int) else "str", None, choices, optional)
     if text.lower().startswith("list["):
         inner = kind_of(text[len("list[") : -1])
-        return inner and Kind(inner.base, "+", inner.choices, optional)
+        return inner and Kind(inner.base, "+", inner.choices, optional, inner.range)
     return None
 
 

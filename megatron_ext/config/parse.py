@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from megatron_ext.config import ignored
 from megatron_ext.config.argv import Setting, build_parser, read_words
+from megatron_ext.config.bounds import bounded
 from megatron_ext.config.checks import violations_of
 from megatron_ext.config.explain import smallest_world
 from megatron_ext.config.flags import all_flags
@@ -17,14 +19,15 @@ from megatron_ext.config.resolve import Values, merge, overlay, resolve
 from megatron_ext.config.run_config import RunConfig, build
 from megatron_ext.config.scale_down import scale_down
 from megatron_ext.config.yaml_file import words_of_file
-from megatron_ext.errors import ConfigError
+from megatron_ext.errors import ConfigError, Violation
 
 
 def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> RunConfig:
     """Reads flags (and ``--config FILE...``): default < files < flag, the last one wins.
 
     Imports neither torch nor megatron-core and touches no file but the YAML.  With --print-config
-    only the words are checked; otherwise also every cross-group rule.
+    words and ranges are checked; otherwise also every cross-group rule. With --explain-flags what
+    is broken is not raised: it is in `RunConfig.broken`.
 
     Args:
         argv: the words after the program's name; None: those of this process.
@@ -35,44 +38,65 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.env
         SystemExit: 0 after --help.
     """
     words = sys.argv[1:] if argv is None else argv
-    settings, action, config, print_format = _settings(words)
-    values, scaled = _values(settings, environ)
-    if action == "explain" and values["world_size"] is None and "WORLD_SIZE" not in environ:
+    asked = _asked(words)
+    if asked.violations and asked.action != "explain":
+        raise ConfigError(violations=asked.violations)
+    checked = bounded(asked.settings)
+    values, scaled = _values(checked.settings, environ)
+    if asked.action == "explain" and values["world_size"] is None and "WORLD_SIZE" not in environ:
         values.derive("world_size", smallest_world(values.value))
-    resolve(values, environ, config)
-    without_effect = _without_effect(settings, values)
+    resolve(values, environ, asked.config)
+    without_effect = _without_effect(checked.settings, values)
     cfg = build(
         values,
         ignored=without_effect,
         warnings=_warnings(values, without_effect),
-        action=action,
-        print_format=print_format,
+        action=asked.action,
+        print_format=asked.print_format,
         scaled=scaled,
-        given=tuple(settings),
+        given=asked.settings,
     )
-    if action != "print-config":
-        violations = [*values.violations, *violations_of(cfg, environ)]
-        if violations:
-            raise ConfigError(violations=violations)
-    return cfg
+    broken = [*asked.violations, *checked.violations]
+    if asked.action != "print-config" and not asked.violations:
+        named = {v.flag for v in broken}
+        across = [*values.violations, *violations_of(cfg, environ, checked.sizes_hold)]
+        broken += [v for v in across if v.flag not in named]
+    if broken and asked.action != "explain":
+        raise ConfigError(violations=broken)
+    return replace(cfg, broken=tuple(broken))
 
 
-def _settings(argv: Sequence[str]) -> tuple[list[Setting], str, str | None, str | None]:
+@dataclass(frozen=True)
+class _Asked:
+    """What the words of the command line and of its files say."""
+
+    settings: tuple[Setting, ...]
+    violations: tuple[Violation, ...]
+    action: str
+    config: str | None
+    print_format: str | None
+
+
+def _asked(argv: Sequence[str]) -> _Asked:
     parser = build_parser()
-    given = read_words(argv, "flag", parser)
+    given, violations = read_words(argv, "flag", parser)
     control = {s.dest: s.value for s in given}
     files = files_of([word for s in given if s.dest == "config" for word in s.value])
     from_file: list[Setting] = []
     for file in files:
-        from_file += read_words(words_of_file(file), f"file:{file}", parser)
+        words, bad_keys = words_of_file(file)
+        settings, bad_words = read_words(words, f"file:{file}", parser)
+        from_file += settings
+        violations += [*bad_keys, *bad_words]
     print_format = control.get("print_config")
     action = "dry-run" if control.get("dry_run") else "train"
     if control.get("explain_flags"):
         action = "explain"
     if print_format:
         action = "print-config"
-    return (
-        [*from_file, *given],
+    return _Asked(
+        (*from_file, *given),
+        tuple(violations),
         action,
         files[0] if files else None,
         print_format if isinstance(print_format, str) else None,

@@ -46,7 +46,8 @@ def machines(model: str, configs: Path = CONFIGS) -> list[str]:
 
 def _files(word: str, configs: Path) -> list[str]:
     path = Path(word)
-    if path.is_file() or path.suffix in SUFFIXES or len(path.parts) != 1:
+    is_file = path.exists() and not path.is_dir()  # a pipe, too: it is refused when it is read
+    if is_file or path.suffix in SUFFIXES or len(path.parts) != 1:
         return [word]
     model, dot, machine = word.lower().partition(".")
     if not (configs / f"{model}.yaml").is_file():

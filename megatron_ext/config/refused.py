@@ -22,18 +22,18 @@ UNKNOWN: tuple[tuple[Inert, str], ...] = (
     (
         Inert(
             "moe_router_quantile_balancing_ema",
-            "float",
+            "Real",
             0.0,
             "belongs to quantile_balancing, another router",
         ),
         "use --moe-router-enable-expert-bias with --moe-router-score-function sigmoid",
     ),
     (
-        Inert("moe_router_force_biased", "float | None", None, "routes without the router"),
+        Inert("moe_router_force_biased", "Real | None", None, "routes without the router"),
         "remove it: it is for measurements of speed",
     ),
     (
-        Inert("moe_expert_rank_capacity_factor", "float | None", None, "drops tokens by rank"),
+        Inert("moe_expert_rank_capacity_factor", "Real | None", None, "drops tokens by rank"),
         "use --moe-expert-capacity-factor, which drops them by expert",
     ),
     (Inert("muon_coefficient_type", "str", "quintic", MUON), "use quintic"),
@@ -58,7 +58,7 @@ UNKNOWN: tuple[tuple[Inert, str], ...] = (
         "remove it: a checkpoint is read in any layout",
     ),
     (
-        Inert("override_ckpt_iteration", "int | None", None, "counts steps from another number"),
+        Inert("override_ckpt_iteration", "Whole | None", None, "counts steps from another number"),
         "use --finetune to start at step 0",
     ),
     (
@@ -92,7 +92,7 @@ UNKNOWN: tuple[tuple[Inert, str], ...] = (
         "put them into the tokenizer's files",
     ),
     (
-        Inert("null_tokenizer_eod_id", "int | None", None, "moves the end of a document"),
+        Inert("null_tokenizer_eod_id", "Whole | None", None, "moves the end of a document"),
         "remove it: NullTokenizer's is the id behind its --vocab-size",
     ),
 )

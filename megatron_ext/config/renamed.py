@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_ext.config.inert import Inert
+from megatron_ext.config.text_file import read_text
 from megatron_ext.errors import Violation
 
 
@@ -38,9 +39,9 @@ def _old(dest: str, annotation: str, default: object, instead: str) -> Inert:
 
 
 RENAMED: tuple[Inert, ...] = (
-    _old("batch_size", "int | None", None, "--micro-batch-size"),
-    _old("warmup", "float | None", None, "--lr-warmup-fraction"),
-    _old("model_parallel_size", "int | None", None, "--tensor-model-parallel-size"),
+    _old("batch_size", "Size | None", None, "--micro-batch-size"),
+    _old("warmup", "Chance | None", None, "--lr-warmup-fraction"),
+    _old("model_parallel_size", "Parts | None", None, "--tensor-model-parallel-size"),
     _old("checkpoint_activations", "bool", False, "--recompute-activations"),
     _old("muon_nesterov", "bool", False, "--muon-use-nesterov"),
     _old("exit_signal_handler_for_training", "bool", False, "--exit-signal-handler"),
@@ -51,10 +52,10 @@ RENAMED: tuple[Inert, ...] = (
         "--apply-wd-to-qk-layernorm",
     ),
     _old("grad_reduce_in_bf16", "bool", False, "--no-accumulate-allreduce-grads-in-fp32"),
-    _old("save_retain_interval", "int | None", None, "--keep-last 1 --keep-every N"),
+    _old("save_retain_interval", "Count | None", None, "--keep-last 1 --keep-every N"),
     _old("pretrained_checkpoint", "str | None", None, "--load DIR --finetune"),
     _old("data_args_path", "str | None", None, "--data-path"),
-    _old("non_persistent_save_interval", "int | None", None, "--ckpt-local-interval"),
+    _old("non_persistent_save_interval", "Count | None", None, "--ckpt-local-interval"),
     _old(
         "non_persistent_ckpt_type",
         "Literal['global', 'local', 'in_memory'] | None",
@@ -158,11 +159,10 @@ def _data(v: _Values) -> None:
     if path is None:
         return
     try:
-        words = Path(str(path)).read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        words = read_text(str(path)).split()
+    except ValueError as error:
         use = "give a file of weights and prefixes"
-        v.violations.append(Violation("--data-args-path", path, f"is unreadable: {reason}", use))
+        v.violations.append(Violation("--data-args-path", path, f"is unreadable: {error}", use))
         return
     _set(v, "data_args_path", "data_path", words)
 

@@ -57,11 +57,15 @@ def merge(settings: Sequence[Setting]) -> Values:
 
 
 def overlay(values: Values, settings: Sequence[Setting]) -> None:
-    """Further settings, which win over what is there."""
+    """Further settings, which win over what is there; None brings the default back."""
+    flags = all_flags()
     for setting in settings:
-        if setting.dest in values.value:
-            values.value[setting.dest] = setting.value
-            values.origin[setting.dest] = setting.origin
+        if setting.dest not in values.value:
+            continue
+        is_unset = setting.value is None
+        default = _copy(flags[setting.dest].default)
+        values.value[setting.dest] = default if is_unset else setting.value
+        values.origin[setting.dest] = "default" if is_unset else setting.origin
 
 
 def _copy(default: object) -> object:

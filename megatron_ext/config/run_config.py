@@ -27,6 +27,7 @@ from megatron_ext.config.sections.parallel import ParallelSection
 from megatron_ext.config.sections.resilience import ResilienceSection
 from megatron_ext.config.sections.train import ScheduleSection, TrainSection
 from megatron_ext.config.stages import Chunk, Split, split_layers
+from megatron_ext.errors import Violation
 
 
 @lru_cache(maxsize=8)
@@ -48,6 +49,7 @@ class RunConfig:
         print_format: 'json' or 'yaml' with 'print-config'.
         scaled: one line for each value that --scale-down changed.
         given: the settings of files and flags, in order.
+        broken: the rules that it breaks; only with 'explain', else they are raised.
     """
 
     parallel: ParallelSection
@@ -71,6 +73,7 @@ class RunConfig:
     print_format: str | None = None
     scaled: tuple[str, ...] = ()
     given: tuple[Setting, ...] = ()
+    broken: tuple[Violation, ...] = ()
 
     def mcore_values(self) -> dict[str, Any]:
         """Keyword arguments of TransformerConfig, or of MLATransformerConfig with

@@ -5,17 +5,16 @@
     bf16: false                        -> --no-bf16
     data-path: [0.7, code, 0.3, text]  -> --data-path 0.7 code 0.3 text
     moe: {num-experts: 8}              -> --num-experts 8   (one level of sections, for the eye)
-    lr: null                           -> nothing
+    lr: null                           -> --lr null: the default, whatever an earlier file says
 
 Keys are flag names with ``-`` or ``_``.  What ``--print-config yaml`` prints can be read back.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from megatron_ext.config.argv import nearest, spellings_table
+from megatron_ext.config.argv import NO, UNSET, YES, nearest, spellings_table
 from megatron_ext.config.flags import GENERATED, OURS
+from megatron_ext.config.text_file import read_text
 from megatron_ext.errors import ConfigError, Violation
 
 MOST_NODES = 100_000
@@ -23,11 +22,11 @@ MOST_NODES = 100_000
 SECTIONS = frozenset({*OURS, *GENERATED, "megatron_only"})
 
 
-def words_of_file(path: str) -> list[str]:
-    """The words that the file stands for.
+def words_of_file(path: str) -> tuple[list[str], list[Violation]]:
+    """The words that the file stands for, and its unknown keys and unusable values.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or has an unknown key or an unusable value.
+        ConfigError: the file is missing or is not YAML.
     """
     mapping = _load(path)
     pairs: list[tuple[str, object]] = []
@@ -44,19 +43,16 @@ def words_of_file(path: str) -> list[str]:
         except ValueError as error:
             rule, _, use = str(error).partition(" | ")
             violations.append(Violation(f"{path}: {key}", None, rule, use))
-    if violations:
-        raise ConfigError(violations=violations)
-    return words
+    return words, violations
 
 
 def _load(path: str) -> dict:
     import yaml
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise ConfigError(f"--config: {reason}", do="give a YAML file", path=path) from None
+        text = read_text(path)
+    except ValueError as error:
+        raise ConfigError(f"--config: {error}", do="give a YAML file", path=path) from None
     try:
         mapping = yaml.load(text, Loader=_strict_loader())
     except RecursionError:
@@ -122,7 +118,7 @@ def _words(key: str, value: object) -> list[str]:
         close = nearest(name, spellings_table())
         raise ValueError(f"is not a flag | use {close[2:] if close else 'a flag of --help'}")
     if value is None or value == []:
-        return []
+        return [f"{name}={UNSET}"]
     if flag.kind.base == "bool":
         return [_bool_word(name, flag.names, flag.negatives, value)]
     if isinstance(value, bool | dict):
@@ -138,7 +134,13 @@ def _words(key: str, value: object) -> list[str]:
 
 def _bool_word(name: str, names: tuple, negatives: tuple, value: object) -> str:
     if not isinstance(value, bool):
-        raise ValueError(f"is a switch, not {value!r} | write true or false")
+        text = str(value).lower()
+        meant = {**dict.fromkeys(YES, "true"), **dict.fromkeys(NO, "false")}.get(text)
+        use = "true or false"
+        if meant:
+            on = (meant == "true") == (name in names)
+            use = f"{meant}, without quotes ({(names if on else negatives)[0]})"
+        raise ValueError(f"is a switch, not {value!r} | write {use}")
     if value:
         return name
     return negatives[0] if name in names else names[0]

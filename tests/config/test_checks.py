@@ -129,12 +129,20 @@ def test_all_broken_rules_come_together():
 
 def test_required_flags_are_named_together():
     with pytest.raises(ConfigError) as caught:
-        parse([], {})
+        parse(["--num-layers", "4"], {})
     named = " ".join(caught.value.lines())
-    for flag in ("num-layers", "hidden-size", "num-attention-heads", "seq-length", "lr",
+    for flag in ("hidden-size", "num-attention-heads", "seq-length", "lr",
                  "max-position-embeddings", "micro-batch-size", "train-iters", "data-path",
                  "tokenizer-type"):  # fmt: skip
         assert f"--{flag} " in named, flag
+
+
+@pytest.mark.parametrize("words", ["", "--dry-run", "--bf16 --lr 1e-3"])
+def test_without_a_model_one_line_says_how_to_begin(words):
+    with pytest.raises(ConfigError) as caught:
+        parse(words.split(), {})
+    (line,) = caught.value.lines()
+    assert all(way in line for way in ("launch/quickstart.sh", "--config", "--help"))
 
 
 @pytest.mark.parametrize(

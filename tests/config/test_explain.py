@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ext.config import parse
 from megatron_ext.config.explain import Explanation, explain, to_text
-from megatron_ext.errors import ConfigError
+from pretrain_moe import main
 
 MIXTRAL = """
 --use-mcore-models --disable-bias-linear --seq-length 64 --max-position-embeddings 64
@@ -109,11 +109,22 @@ def test_the_text_is_aligned_and_ends_with_the_defaults():
         ("--qk-clip", "needs Megatron-LM's own training loop"),
     ],
 )
-def test_a_wrong_command_line_is_refused_as_always(words, said):
-    with pytest.raises(ConfigError) as caught:
-        explained(f"{MIXTRAL} {words}")
-    assert caught.value.code == 64
-    assert said in "\n".join(caught.value.lines())
+def test_a_wrong_command_line_is_explained_and_refused(words, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([*MIXTRAL.split(), *words.split(), "--explain-flags"])
+    shown = capsys.readouterr()
+    assert left.value.code == 64
+    assert shown.out.startswith("used: ") and "  --num-layers " in shown.out
+    assert said in shown.err and "Traceback" not in shown.err
+
+
+def test_what_a_training_misses_is_said():
+    words = "--num-layers 4 --swiglu --lr x"
+    explanation = explained(words)
+    missing = [line.flag for line in explanation.missing]
+    assert [line.flag for line in explanation.used] == ["--num-layers", "--swiglu"]
+    assert "--hidden-size" in missing and "--data-path" in missing and "--lr" not in missing
+    assert "missing for a training: " in to_text(explanation)
 
 
 def test_the_program_explains_without_torch():

@@ -115,7 +115,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("--lr nan", "not NaN"),
         ("--lr", "--lr needs a value"),
         ("--lr 1 2", "takes one value, not 2"),
-        ("--bf16 true", "true belongs to no flag"),
+        ("--bf16 true", "true is not a value of a switch do=write --bf16"),
         ("--moe-layer-freq __import__('os')", "must be a whole number or a pattern"),
         ("--window-size 3", "two whole numbers"),
     ],

@@ -101,6 +101,6 @@ def test_latent_attention_fields_only_with_latent_attention():
 
 
 def test_old_scripts_say_removed_flags():
-    cfg = read("--batch-size 4 --warmup 3 --local-rank 2")
+    cfg = read("--batch-size 4 --warmup 0.3 --local-rank 2")
     assert len(cfg.warnings) == 1
     assert "use --micro-batch-size" in cfg.warnings[0]

@@ -19,6 +19,8 @@ OURS = ("megatron_ext", "data", "tests", "launch", "pretrain_moe")
 LAYER = {
     "errors": 0,
     "native": 0,
+    "ranges": 0,
+    "command": 1,
     "config": 1,
     "device": 1,
     "mesh": 2,
@@ -45,7 +47,13 @@ LAYER = {
 READS_DATA = 8
 """From this layer on a package may import data/."""
 
-WITHOUT_TORCH = ("megatron_ext.errors", "megatron_ext.config", "megatron_ext.costs")
+WITHOUT_TORCH = (
+    "megatron_ext.errors",
+    "megatron_ext.ranges",
+    "megatron_ext.command",
+    "megatron_ext.config",
+    "megatron_ext.costs",
+)
 READ_BY_LAUNCHERS = (
     "megatron_ext.mesh.limits",
     *(f"megatron_ext.resilience.{name}" for name in ("clocks", "diagnose", "hang", "heartbeat")),
@@ -94,8 +102,8 @@ def _import_problem(module: str, name: str) -> str | None:
         is_warm = module == "launch.warm"  # imports the program in order to fork it
         return None if allowed or is_warm else "launchers work without torch"
     if module.split(".")[0] == "data":
-        allowed = name.startswith(("data", "megatron_ext.errors"))
-        return None if allowed else "data/ knows of megatron_ext only its errors"
+        allowed = name.startswith(("data", "megatron_ext.errors", "megatron_ext.command"))
+        return None if allowed else "data/ knows of megatron_ext only errors and command"
     return _layer_problem(module, name)
 
 

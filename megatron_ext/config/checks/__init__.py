@@ -32,11 +32,14 @@ from megatron_ext.config.run_config import RunConfig
 from megatron_ext.errors import Violation
 
 
-def violations_of(cfg: RunConfig, environ: Mapping[str, str]) -> list[Violation]:
-    """All broken rules of a configuration."""
-    sizes = list(layout.sizes_are_positive(cfg))
-    found = [*required.rules(cfg), *sizes]
-    if sizes:
+def violations_of(
+    cfg: RunConfig, environ: Mapping[str, str], sizes_hold: bool = True
+) -> list[Violation]:
+    """All broken rules of a configuration; only what is missing where a size is out of its range
+    (`bounds`), which makes every other rule meaningless.
+    """
+    found = list(required.rules(cfg))
+    if not sizes_hold:
         return found
     found += layout.world_agrees_with_environment(cfg, environ)
     wrong = list(world.rules(cfg))

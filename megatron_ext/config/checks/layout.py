@@ -3,40 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 
 from megatron_ext.config.checks.numbers import divisors, multiples_near, one_of
 from megatron_ext.config.run_config import RunConfig
 from megatron_ext.errors import Violation
-
-
-def sizes_are_positive(cfg: RunConfig) -> Iterator[Violation]:
-    """Sizes below 1 make every other rule meaningless."""
-    sections = ((cfg.parallel, [f.name for f in fields(cfg.parallel)]),)
-    positive = (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "ffn_hidden_size",
-        "kv_channels",
-        "num_query_groups",
-        "num_moe_experts",
-        "moe_ffn_hidden_size",
-    )
-    sections += ((cfg.transformer, positive),)  # type: ignore[assignment]
-    sections += ((cfg.train, ["micro_batch_size", "global_batch_size"]),)  # type: ignore
-    sections += (
-        (
-            cfg.model,
-            ["seq_length", "make_vocab_size_divisible_by", "vocab_size", "padded_vocab_size"],
-        ),
-    )  # type: ignore[assignment]
-    for section, names in sections:
-        for name in names:
-            value = getattr(section, name)
-            if type(value) is int and value < 1:
-                flag = "--" + name.replace("_", "-").replace("num-moe-experts", "num-experts")
-                yield Violation(flag, value, "must be at least 1", "use 1 or more")
 
 
 def world_agrees_with_environment(

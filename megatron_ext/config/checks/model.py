@@ -8,6 +8,8 @@ from megatron_ext.config.checks.numbers import divisors, multiples_near, one_of
 from megatron_ext.config.run_config import RunConfig
 from megatron_ext.errors import Violation
 
+PAIR = 2
+
 
 def rules(cfg: RunConfig) -> Iterator[Violation]:
     """All rules of the network's shape."""
@@ -41,10 +43,6 @@ def _shape(cfg: RunConfig) -> Iterator[Violation]:
     given = [name for name, on in units.items() if on]
     if len(given) > 1:
         yield Violation(given[1], None, f"excludes {given[0]}", f"use only {given[0]}")
-    for name in ("hidden_dropout", "attention_dropout"):
-        share = getattr(t, name)
-        if not 0 <= share < 1:
-            yield Violation("--" + name.replace("_", "-"), share, "must be in [0, 1)", "use 0")
 
 
 def _norm_over_heads(cfg: RunConfig) -> Iterator[Violation]:
@@ -96,8 +94,7 @@ def _positions(cfg: RunConfig) -> Iterator[Violation]:
             "is only legal with rotary positions",
             "add --position-embedding-type rope",
         )
-    if not 0 < m.rotary_percent <= 1:
-        yield Violation("--rotary-percent", m.rotary_percent, "must be in (0, 1]", "use 1.0")
+    yield from _rotated(cfg)
     if cfg.transformer.mtp_num_layers and kind not in ("rope", "none", "yarn"):
         yield Violation(
             "--mtp-num-layers",
@@ -105,6 +102,22 @@ def _positions(cfg: RunConfig) -> Iterator[Violation]:
             f"does not work with --position-embedding-type {kind}",
             "use --position-embedding-type rope",
         )
+
+
+def _rotated(cfg: RunConfig) -> Iterator[Violation]:
+    """Rotary positions turn pairs of a head's channels."""
+    t, m = cfg.transformer, cfg.model
+    if m.position_embedding_type not in ("rope", "yarn") or not t.kv_channels:
+        return
+    flag, width = "--kv-channels", t.kv_channels
+    if t.multi_latent_attention:
+        flag, width = "--qk-pos-emb-head-dim", t.qk_pos_emb_head_dim
+    turned = width if m.rotary_percent == 1 else int(width * m.rotary_percent)
+    if turned < PAIR or turned % PAIR:
+        share = "" if turned == width else f" times --rotary-percent = {m.rotary_percent}"
+        rule = f"{share} must be even and not 0: rotary positions turn pairs, not {turned} channels"
+        near = one_of(multiples_near(width, PAIR))
+        yield Violation(flag, width, rule.strip(), f"use {near}, or --rotary-percent 1")
 
 
 def _latent(cfg: RunConfig) -> Iterator[Violation]:

@@ -38,9 +38,7 @@ def _upcycling(cfg: RunConfig) -> Iterator[Violation]:
     t, wanted = cfg.transformer, cfg.checkpoint
     parts = wanted.moe_upcycling_granularity
     flag = "--moe-upcycling-granularity"
-    if parts < 1:
-        yield Violation(flag, parts, "must be at least 1", "use 1")
-    elif parts > 1 and t.moe_ffn_hidden_size and t.moe_ffn_hidden_size * parts != t.ffn_hidden_size:
+    if parts > 1 and t.moe_ffn_hidden_size and t.moe_ffn_hidden_size * parts != t.ffn_hidden_size:
         yield Violation(
             flag,
             parts,
@@ -182,14 +180,8 @@ def _losses(cfg: RunConfig) -> Iterator[Violation]:
             "may list each loss once, sinkhorn and none never",
             "use aux_loss, seq_aux_loss or global_aux_loss",
         )
-    if any(c < 0 for c in coefficients):
-        yield Violation(COEFFICIENT, given, "must not be negative", "use 0.01")
     if types == ["sinkhorn"] and any(coefficients):
         yield Violation(COEFFICIENT, given, "must be 0 with sinkhorn", f"use {COEFFICIENT} 0")
-    if t.moe_z_loss_coeff is not None and t.moe_z_loss_coeff < 0:
-        yield Violation(
-            "--moe-z-loss-coeff", t.moe_z_loss_coeff, "must not be negative", "use 1e-3"
-        )
 
 
 def _capacity(cfg: RunConfig) -> Iterator[Violation]:
@@ -201,13 +193,6 @@ def _capacity(cfg: RunConfig) -> Iterator[Violation]:
             factor,
             "does not work with sinkhorn",
             f"use {TYPES} aux_loss, or remove it",
-        )
-    if factor is not None and factor == 0:
-        yield Violation(
-            "--moe-expert-capacity-factor",
-            factor,
-            "leaves no room for any token",
-            "use 1.0 or more, or remove it (no token is dropped)",
         )
     if t.moe_pad_expert_input_to_capacity and factor is None:
         yield Violation(
@@ -221,13 +206,6 @@ def _capacity(cfg: RunConfig) -> Iterator[Violation]:
 def _shared(cfg: RunConfig) -> Iterator[Violation]:
     t = cfg.transformer
     width = t.moe_shared_expert_intermediate_size
-    if width is not None and width < 1:
-        yield Violation(
-            "--moe-shared-expert-intermediate-size",
-            width,
-            "must be at least 1",
-            "remove it for no shared expert",
-        )
     if width is not None and t.add_bias_linear:
         yield Violation(
             "--moe-shared-expert-intermediate-size",

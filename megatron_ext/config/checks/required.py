@@ -17,9 +17,18 @@ ALWAYS: tuple[tuple[str, str, str], ...] = (
 )
 """Section, attribute, example."""
 
+BEGIN = (
+    "bash launch/quickstart.sh trains a first model; --config NAME --dry-run looks at one of"
+    " configs/ (quickstart, mixtral-8x7b, ...); --help lists the flags"
+)
+"""Ways to begin."""
+
 
 def rules(cfg: RunConfig) -> Iterator[Violation]:
-    """Names each missing flag with an example."""
+    """Names each missing flag with an example; without any of a model, only how to begin."""
+    if all(getattr(getattr(cfg, section), attribute) is None for section, attribute, _ in ALWAYS):
+        yield Violation("--config", None, "or the flags of a model are missing", BEGIN)
+        return
     for section, attribute, example in ALWAYS:
         if getattr(getattr(cfg, section), attribute) is None:
             yield _missing(attribute, example)

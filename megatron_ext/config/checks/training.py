@@ -21,7 +21,7 @@ def rules(cfg: RunConfig) -> Iterator[Violation]:
     yield from _wsd(cfg)
     yield from _weight_decay(cfg)
     yield from _gradients(cfg)
-    yield from _intervals(cfg)
+    yield from _signal(cfg)
 
 
 def _batch(cfg: RunConfig) -> Iterator[Violation]:
@@ -104,8 +104,6 @@ def _units(cfg: RunConfig) -> Iterator[Violation]:
 
 def _rates(cfg: RunConfig) -> Iterator[Violation]:
     s = cfg.schedule
-    if s.lr is not None and s.lr < 0:
-        yield Violation("--lr", s.lr, "must not be negative", "use for instance 3e-4")
     if s.lr is not None and s.min_lr > s.lr:
         yield Violation(
             "--min-lr", s.min_lr, f"must not exceed --lr = {s.lr}", f"use {s.lr / 10:g}"
@@ -123,10 +121,6 @@ def _rates(cfg: RunConfig) -> Iterator[Violation]:
                 s.lr_warmup_fraction,
                 "excludes --lr-warmup-iters and --lr-warmup-samples",
                 "use one of them",
-            )
-        if not 0 <= s.lr_warmup_fraction < 1:
-            yield Violation(
-                "--lr-warmup-fraction", s.lr_warmup_fraction, "must be in [0, 1)", "use 0.01"
             )
     elif decay and warmup and warmup >= decay:
         kind = "iters" if s.lr_warmup_iters else "samples"
@@ -203,29 +197,9 @@ def _gradients(cfg: RunConfig) -> Iterator[Violation]:
         yield Violation(
             "--use-precision-aware-optimizer", None, "needs --use-distributed-optimizer", "add it"
         )
-    if cfg.optimizer.clip_grad < 0:
-        yield Violation(
-            "--clip-grad",
-            cfg.optimizer.clip_grad,
-            "must not be negative",
-            "use 1.0, or 0 for no clipping",
-        )
 
 
-def _intervals(cfg: RunConfig) -> Iterator[Violation]:
-    named = {
-        "--log-interval": cfg.observe.log_interval,
-        "--tensorboard-log-interval": cfg.observe.tensorboard_log_interval,
-        "--save-interval": cfg.checkpoint.save_interval,
-        "--eval-interval": cfg.train.eval_interval,
-        "--exit-interval": cfg.train.exit_interval,
-        "--train-iters": cfg.train.train_iters,
-        "--train-samples": cfg.train.train_samples,
-    }
-    zero = {"--eval-interval", "--save-interval", "--train-iters", "--train-samples"}
-    for flag, value in named.items():
-        if value is not None and value < (0 if flag in zero else 1):
-            yield Violation(flag, value, "must be positive", "use 1 or more")
+def _signal(cfg: RunConfig) -> Iterator[Violation]:
     name = cfg.train.exit_signal
     if not (name.isdigit() and int(name) in set(signal.Signals)) and name not in dir(signal):
         yield Violation("--exit-signal", name, "is not a signal", "use SIGTERM, SIGUSR1 or SIGINT")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_ext.ranges import Count, Parts, Whole
+
 
 @dataclass(frozen=True)
 class CheckpointSection:
@@ -13,7 +15,7 @@ class CheckpointSection:
     save: str | None = None
     """Folder of the checkpoints. Default: RUN/checkpoints."""
 
-    save_interval: int | None = field(
+    save_interval: Whole | None = field(
         default=None,
         metadata={
             "argparse_meta": {"arg_names": ["--save-interval", "--persistent-save-interval"]}
@@ -30,7 +32,7 @@ class CheckpointSection:
     exit_on_missing_checkpoint: bool = False
     """Kept for Megatron-LM's scripts: refusing is the default here."""
 
-    ckpt_step: int | None = None
+    ckpt_step: Whole | None = None
     """Step of the checkpoint to load. Default: the newest."""
 
     finetune: bool = False
@@ -40,7 +42,7 @@ class CheckpointSection:
     """Load the dense checkpoint of --load as experts: converted into RUN/upcycled, then trained as
     with --finetune, where Megatron-LM's flag converts and exits."""
 
-    moe_upcycling_granularity: int = 1
+    moe_upcycling_granularity: Parts = 1
     """Experts that one copy of the dense feed-forward layer is cut into by --moe-use-upcycling:
     --moe-ffn-hidden-size is --ffn-hidden-size divided by it."""
 
@@ -59,15 +61,15 @@ class CheckpointSection:
     async_save: bool = False
     """Copy the state during the next forward and backward and write it in the background."""
 
-    ckpt_staging_bytes: int | None = None
+    ckpt_staging_bytes: Count | None = None
     """Most host memory of --async-save's private copy on a rank, in bytes; None: the size of what
     the rank writes. Less means that a step may wait for the disk."""
 
-    keep_last: int | None = None
+    keep_last: Count | None = None
     """Newest checkpoints to keep; older ones are deleted when a newer one has been read back. None:
     all."""
 
-    keep_every: int | None = None
+    keep_every: Count | None = None
     """Steps whose multiples --keep-last never deletes."""
 
     accept_change: str | None = None
@@ -78,13 +80,13 @@ class CheckpointSection:
     """Where checkpoints go: memory (/dev/shm, and that of the next node), local, store, with
     commas between."""
 
-    ckpt_memory_interval: int = 1
+    ckpt_memory_interval: Count = 1
     """Steps between checkpoints in /dev/shm (--ckpt-tiers memory)."""
 
     ckpt_local_dir: str | None = None
     """Folder on a disk of the node (--ckpt-tiers local)."""
 
-    ckpt_local_interval: int | None = None
+    ckpt_local_interval: Count | None = None
     """Steps between checkpoints in --ckpt-local-dir."""
 
     use_persistent_ckpt_worker: bool = False

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_ext.ranges import Whole
+
 
 @dataclass(frozen=True)
 class DataSection:
@@ -41,10 +43,10 @@ class DataSection:
     """How a .bin above 4 GiB is compared with the hash that data.prepare left: 256 blocks of it, or
     every byte (smaller files: always every byte)."""
 
-    num_workers: int = 2
+    num_workers: Whole = 2
     """Loader processes or threads a rank."""
 
-    num_dataset_builder_threads: int = 1
+    num_dataset_builder_threads: Whole = 1
     """Threads that build the indices of a blend."""
 
     dataloader_type: Literal["single", "cyclic", "external"] | None = None
@@ -93,5 +95,5 @@ class DataSection:
     tiktoken_pattern: Literal["v1", "v2"] | None = None
     """Word pattern of TikTokenizer."""
 
-    tiktoken_num_special_tokens: int = 1000
+    tiktoken_num_special_tokens: Whole = 1000
     """Special tokens of TikTokenizer."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_ext.ranges import Parts, Positive, Rotated, Size
+
 
 @dataclass(frozen=True)
 class ModelSection:
@@ -17,10 +19,10 @@ class ModelSection:
     spec: list[str] | None = None
     """Python path of a layer spec: module and function, or 'local' / 'default'."""
 
-    seq_length: int | None = None
+    seq_length: Size | None = None
     """Tokens of one training sequence."""
 
-    max_position_embeddings: int | None = None
+    max_position_embeddings: Size | None = None
     """Longest sequence that positions exist for, in tokens."""
 
     position_embedding_type: Literal[
@@ -36,40 +38,40 @@ class ModelSection:
     )
     """--no-position-embedding is kept for old scripts; only legal with rope."""
 
-    rotary_base: int = 10000
+    rotary_base: Size = 10000
     """Base of the rotary frequencies."""
 
-    rotary_percent: float = 1.0
+    rotary_percent: Rotated = 1.0
     """Share of each head that is rotated, 0 to 1."""
 
-    rotary_seq_len_interpolation_factor: int | None = None
+    rotary_seq_len_interpolation_factor: Size | None = None
     """Divide positions by this factor (linear interpolation)."""
 
     use_rope_scaling: bool = False
     """Llama-3.1 scaling of the rotary frequencies."""
 
-    rope_scaling_factor: float = 8.0
+    rope_scaling_factor: Positive = 8.0
     """Factor of --use-rope-scaling."""
 
-    yarn_original_max_position_embeddings: int | None = None
+    yarn_original_max_position_embeddings: Size | None = None
     """Tokens of the context that YaRN stretches (without multi-latent attention)."""
 
-    yarn_beta_fast: float | None = None
+    yarn_beta_fast: Positive | None = None
     """YaRN: rotations above which a frequency is kept."""
 
-    yarn_beta_slow: float | None = None
+    yarn_beta_slow: Positive | None = None
     """YaRN: rotations below which a frequency is interpolated."""
 
     yarn_correction_range_round_to_int: bool | None = None
     """YaRN: round the range of corrected frequencies to whole dimensions."""
 
-    vocab_size: int | None = None
+    vocab_size: Size | None = None
     """Tokens of the vocabulary before padding. Default: the tokenizer's."""
 
-    padded_vocab_size: int | None = None
+    padded_vocab_size: Size | None = None
     """Rows of the embedding table, exactly; overrides the padding rule."""
 
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: Size = 128
     """The table's rows are padded to a multiple of this times the tensor-model-parallel size."""
 
     untie_embeddings_and_output_weights: bool = False
@@ -137,7 +139,7 @@ class MoeSection:
     at any tp and cp; shard: each rank's own part, as in Megatron-LM (always so with
     --moe-pad-expert-input-to-capacity)."""
 
-    moe_router_group_score_experts: int | None = None
+    moe_router_group_score_experts: Parts | None = None
     """Experts whose scores sum to the score of their group (with --moe-router-group-topk).
     DeepSeek-V2: 1, DeepSeek-V3: 2. Default: megatron-core's topk / kept groups."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_ext.ranges import Count, Port, Positive, Whole
+
 
 @dataclass(frozen=True)
 class ObserveSection:
@@ -13,26 +15,26 @@ class ObserveSection:
     run_dir: str | None = None
     """The run's folder. Default: runs/<config name, or 'pretrain'>-<time>."""
 
-    log_interval: int = 100
+    log_interval: Count = 100
     """Steps between log lines."""
 
     tensorboard_dir: str | None = None
     """Folder of the event files. Default: RUN/tensorboard."""
 
-    tensorboard_log_interval: int = 1
+    tensorboard_log_interval: Count = 1
     """Steps between TensorBoard points."""
 
-    tensorboard_queue_size: int = 1000
+    tensorboard_queue_size: Count = 1000
     """Events held in memory before a write."""
 
-    log_routing_interval: int = 100
+    log_routing_interval: Whole = 100
     """Steps between routing pictures, co-selection and domain tables, lines of RUN/routing.jsonl;
     0: never."""
 
     log_throughput: bool = False
     """Log TFLOP/s a rank."""
 
-    peak_tflops: float | None = None
+    peak_tflops: Positive | None = None
     """10^12 FLOP a second that one rank can do in the training's number format, for MFU; without it
     there is no MFU."""
 
@@ -51,7 +53,7 @@ class ObserveSection:
     log_progress: bool = False
     """Append to RUN/progress.txt at each save: tokens and FLOPs so far."""
 
-    logging_level: int | None = None
+    logging_level: Whole | None = None
     """Python's logging level: 10 debug, 20 info, 30 warning."""
 
     timing_log_level: Literal[0, 1, 2] = 0
@@ -60,13 +62,13 @@ class ObserveSection:
     profile: bool = False
     """Record steps with torch's profiler: RUN/traces/profile_rank_R.json, for ui.perfetto.dev."""
 
-    profile_step_start: int = 10
+    profile_step_start: Whole = 10
     """First step that --profile records."""
 
-    profile_step_end: int = 12
+    profile_step_end: Whole = 12
     """The step before which --profile stops."""
 
-    profile_ranks: list[int] | None = None
+    profile_ranks: list[Whole] | None = None
     """Ranks that --profile records. Default: all."""
 
     use_pytorch_profiler: bool = False
@@ -78,7 +80,7 @@ class ObserveSection:
     pytorch_profiler_collect_callstack: bool = False
     """Record Python's call stacks, too."""
 
-    trace_schedule: list[int] | None = None
+    trace_schedule: list[Whole] | None = None
     """Steps of which RUN/traces/schedule_step_N.json shows what every rank did when: forward and
     backward of each micro-batch, waiting, collectives."""
 
@@ -88,7 +90,7 @@ class ObserveSection:
     prometheus_textfile: str | None = None
     """File that rank 0 rewrites at each --log-interval in Prometheus' text format."""
 
-    prometheus_port: int | None = None
+    prometheus_port: Port | None = None
     """Port of 127.0.0.1 where rank 0 answers GET /metrics in Prometheus' text format."""
 
     wandb_project: str | None = None

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_ext.ranges import Layers, Minutes, Parts, Wait
+
 
 @dataclass(frozen=True)
 class ParallelSection:
     """Sizes of the axes: dense pp x dp x cp x tp, expert pp x edp x ep x etp."""
 
-    world_size: int | None = None
+    world_size: Parts | None = None
     """Number of ranks. Default: WORLD_SIZE of the environment, else 1. Set it for --dry-run; a real
     run must agree with the environment."""
 
@@ -30,36 +32,36 @@ class ParallelSection:
     reduce-scatter and all-gather made of gloo's faster collectives; plain: gloo's own. Two ranks
     get the same bits of each; more ranks the same sums in another order."""
 
-    distributed_timeout_minutes: int = 10
+    distributed_timeout_minutes: Minutes = 10
     """How long a collective may wait for its peers, in minutes."""
 
-    rendezvous_timeout_s: float = 300.0
+    rendezvous_timeout_s: Wait = 300.0
     """How long a rank waits at the start for the others, in seconds; then it leaves with 69."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Parts = 1
     """Ranks that share each layer's matrices (tp)."""
 
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: Parts = 1
     """Ranks that share the stack of layers (pp)."""
 
-    virtual_pipeline_model_parallel_size: int | None = None
+    virtual_pipeline_model_parallel_size: Layers | None = None
     """Model chunks a pipeline rank holds (vpp), for the interleaved schedule. Resolved from
     --num-virtual-stages-per-pipeline-rank, --num-layers-per-virtual-pipeline-stage or
     --pipeline-model-parallel-layout; None: not interleaved."""
 
-    num_layers_per_virtual_pipeline_stage: int | None = None
+    num_layers_per_virtual_pipeline_stage: Layers | None = None
     """Layers of one model chunk; the other way to ask for vpp."""
 
-    num_virtual_stages_per_pipeline_rank: int | None = None
+    num_virtual_stages_per_pipeline_rank: Layers | None = None
     """Model chunks a pipeline rank holds; excludes --num-layers-per-virtual-pipeline-stage."""
 
-    context_parallel_size: int = 1
+    context_parallel_size: Parts = 1
     """Ranks that share each sequence (cp)."""
 
-    expert_model_parallel_size: int = 1
+    expert_model_parallel_size: Parts = 1
     """Ranks that share the experts of a layer (ep); must divide dp*cp*tp/etp."""
 
-    expert_tensor_parallel_size: int | None = None
+    expert_tensor_parallel_size: Parts | None = None
     """Ranks that share one expert's matrices (etp). Default: the tensor-model-parallel size."""
 
     sequence_parallel: bool = False
@@ -68,7 +70,7 @@ class ParallelSection:
     use_tp_pp_dp_mapping: bool = False
     """Rank order tp-cp-ep-pp-dp instead of tp-cp-ep-dp-pp: pipeline neighbours become closer."""
 
-    num_distributed_optimizer_instances: int = 1
+    num_distributed_optimizer_instances: Parts = 1
     """Copies of the sharded optimizer state inside the data-parallel group."""
 
     enable_gloo_process_groups: bool = field(
