@@ -13,6 +13,7 @@ from megatron_ext.config.bounds import bounded
 from megatron_ext.config.checks import violations_of
 from megatron_ext.config.explain import smallest_world
 from megatron_ext.config.flags import all_flags
+from megatron_ext.config.once import without_first_load
 from megatron_ext.config.recipes import files_of
 from megatron_ext.config.renamed import OTHER_NAMES, translate_before_scaling
 from megatron_ext.config.resolve import Values, merge, overlay, resolve
@@ -41,10 +42,12 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.env
     asked = _asked(words)
     if asked.violations and asked.action != "explain":
         raise ConfigError(violations=asked.violations)
-    checked = bounded(asked.settings)
+    settings, notes = without_first_load(asked.settings)
+    checked = bounded(settings)
     values, scaled = _values(checked.settings, environ)
     if asked.action == "explain" and values["world_size"] is None and "WORLD_SIZE" not in environ:
         values.derive("world_size", smallest_world(values.value))
+    values.notes += notes
     resolve(values, environ, asked.config)
     without_effect = _without_effect(checked.settings, values)
     cfg = build(

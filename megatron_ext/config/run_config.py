@@ -17,6 +17,7 @@ from typing import Any
 from megatron_ext.config import flags
 from megatron_ext.config.argv import Setting
 from megatron_ext.config.mcore_fields import transformer_fields
+from megatron_ext.config.once import ONCE
 from megatron_ext.config.resolve import Values
 from megatron_ext.config.sections.checkpoint import CheckpointSection
 from megatron_ext.config.sections.data import DataSection
@@ -188,8 +189,10 @@ class RunConfig:
             lines.append(f"{name}:")
             for attribute, entry in section.items():
                 text = f"  {attribute}: {json.dumps(entry['value'])}  # {entry['origin']}"
-                # what this launch's environment said is no setting of the next one
-                lines.append(f"# {text}" if entry["origin"] == "environment" else text)
+                # what this launch's environment said is no setting of the next one, nor what it
+                # was to do once
+                is_past = entry["origin"] == "environment" or (attribute in ONCE and entry["value"])
+                lines.append(f"# {text}" if is_past else text)
         return "\n".join(lines) + "\n"
 
 

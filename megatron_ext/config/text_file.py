@@ -20,21 +20,24 @@ def read_text(path: str) -> str:
         ValueError: with the reason, for a message.
     """
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
-        raise ValueError(getattr(error, "strerror", None) or str(error)) from None
-    with os.fdopen(file, "rb") as stream:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"is {_kind(status.st_mode)}, not a file that every rank can read")
-        if status.st_size > MOST_BYTES:
-            raise ValueError(f"has {status.st_size} bytes, {MOST_BYTES} at most")
-        try:
-            return stream.read(MOST_BYTES + 1).decode("utf-8")
-        except OSError as error:
-            raise ValueError(error.strerror or str(error)) from None
-        except UnicodeDecodeError:
-            raise ValueError("is not UTF-8 text") from None
+        with open(path, "rb", opener=_opener) as stream:
+            return stream.read(MOST_BYTES).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from None
+
+
+def _opener(path: str, flags: int) -> int:
+    """Opens a regular file of at most `MOST_BYTES`; what would wait is not waited for."""
+    file = os.open(path, flags | os.O_NONBLOCK)
+    status = os.fstat(file)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= MOST_BYTES:
+        return file
+    os.close(file)
+    if stat.S_ISREG(status.st_mode):
+        raise ValueError(f"has {status.st_size} bytes, {MOST_BYTES} at most")
+    raise ValueError(f"is {_kind(status.st_mode)}, not a file that every rank can read")
 
 
 def _kind(mode: int) -> str:

@@ -156,14 +156,22 @@ def command_lines(run: Path, config: dict[str, Any]) -> list[str]:
         lines.insert(0, f"report       open {run / 'report.html'} in a browser")
     saved = Path(save) / "latest_checkpointed_iteration.txt"
     if saved.exists():
-        step = int(saved.read_text())
+        more = _longer(config.get("train", {}), int(saved.read_text()))
         lines += [
             f"resume       bash launch/run.sh {ranks} --config {run / 'config.yaml'} --load {save}"
-            f" --train-iters {step + RESUME_STEPS} --override-opt-param-scheduler",
+            f" {more} --override-opt-param-scheduler",
             f"write text   {programs}/python -m megatron_ext.generate --load {save}"
             " --prompt 'def '",
         ]
     return [*lines, "tests        bash tests/run.sh"]
+
+
+def _longer(train: dict[str, Any], step: int) -> str:
+    """The flag for a few steps more, in the run's own unit."""
+    if train.get("train_samples"):
+        more = RESUME_STEPS * train["global_batch_size"]
+        return f"--train-samples {train['train_samples'] + more}"
+    return f"--train-iters {step + RESUME_STEPS}"
 
 
 def page(run: Path) -> str:

@@ -1,9 +1,9 @@
 """What whoever leads the end of a hanging run does: a rank's watcher or the launcher.
 
-    claim      RUN/logs/hang.json, which exists once: who creates it leads
-    stacks     asked of the ranks of this host; a word for those that cannot answer
-    publish    RUN/logs/hang.txt, at which the others leave
-    error      the FATAL line and exit_reason.json, both in the name of the odd rank
+claim      RUN/logs/hang.json, which exists once: who creates it leads
+stacks     asked of the ranks of this host; a word for those that cannot answer
+publish    RUN/logs/hang.txt, at which the others leave
+error      the FATAL line and exit_reason.json, both in the name of the odd rank
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from megatron_ext.checkpoint import Checkpointer, Progress, TrainState
 from megatron_ext.checkpoint.fingerprint import fingerprint, free_to_change
 from megatron_ext.checkpoint.tiers import has_fast_step
 from megatron_ext.config import RunConfig
+from megatron_ext.config.once import OF_A_LOAD
 from megatron_ext.costs.dryrun import loss_lines
 from megatron_ext.costs.flops import model_flops_per_token
 from megatron_ext.device import Device, current_device
@@ -70,9 +71,7 @@ def resumed(cfg: RunConfig, own: Path) -> RunConfig:
     """The config of a run that is started again and goes on from its `own` newest checkpoint,
     whatever it was loaded from at first.
     """
-    whole = {"no_load_optim": False, "no_load_rng": False}
-    first = {"finetune": False, "moe_use_upcycling": False, "ckpt_step": None}
-    return replace(cfg, checkpoint=replace(cfg.checkpoint, load=str(own), **first, **whole))
+    return replace(cfg, checkpoint=replace(cfg.checkpoint, load=str(own), **OF_A_LOAD))
 
 
 def leave_if_asked(stop: StopRequest, step: int = 0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -101,6 +102,28 @@ def test_a_bad_file_is_one_clear_line(tmp_path, text, said):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="No such file.*absent.yaml"):
         parse(["--config", str(tmp_path / "absent.yaml")], {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("pipe", "is a pipe"), ("/dev/zero", "is a device"), ("folder", "is a folder"),
+     ("bytes", "is not UTF-8 text"), ("huge", "bytes, 16777216 at most")],
+)  # fmt: skip
+def test_what_is_no_file_of_text_is_refused_at_once(tmp_path, kind, said):
+    path = kind if kind.startswith("/") else str(tmp_path / f"{kind}.yaml")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        os.mkdir(path)
+    elif kind == "bytes":
+        (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
+    elif kind == "huge":
+        with open(path, "wb") as file:
+            file.truncate(2**40)
+    for words in (["--config", path], [*BASE.split(), "--data-args-path", path]):
+        with pytest.raises(ConfigError) as caught:
+            parse(words, {})
+        assert any(said in line and path in line for line in caught.value.lines())
 
 
 @pytest.mark.parametrize(

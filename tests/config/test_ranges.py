@@ -46,7 +46,8 @@ def test_every_number_has_a_range_that_holds_its_default():
     assert len(NUMERIC) > 230
     for flag in NUMERIC:
         limits = flag.kind.range
-        assert (limits is None) == bool(flag.kind.choices), flag.dest
+        has_range = (limits is None) == bool(flag.kind.choices)
+        assert has_range, f"{flag.dest}: give it a type of megatron_ext/ranges.py"
         assert all(limits is None or limits.holds(n) for n in numbers_in(flag.default)), flag.dest
 
 
