@@ -34,6 +34,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from megatron_ext import errors  # noqa: F401 - a missing package is one line, before main() too
+
 if TYPE_CHECKING:
     from data.datasets import Splits, open_datasets
     from data.tokenizer import Tokenizer, build_tokenizer

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+from data.documents import MAX_DOCUMENT_BYTES
+from megatron_ext.command import number
 from megatron_ext.errors import ConfigError
 
 
@@ -20,8 +22,8 @@ class CommandLine(argparse.ArgumentParser):
         raise ConfigError(message, do=f"{self.prog} --help")
 
 
-def add_json_keys(parser: argparse.ArgumentParser) -> None:
-    """--json-keys, for the programs that read documents."""
+def add_document_flags(parser: argparse.ArgumentParser) -> None:
+    """What the programs that read documents ask of them."""
     parser.add_argument(
         "--json-keys",
         "--json-key",
@@ -29,4 +31,12 @@ def add_json_keys(parser: argparse.ArgumentParser) -> None:
         default=["text"],
         metavar="KEY",
         help="the key of the text in jsonl lines, or the parquet column (default text)",
+    )
+    parser.add_argument(
+        "--max-document-bytes",
+        type=number("Count"),
+        default=MAX_DOCUMENT_BYTES,
+        metavar="N",
+        help="a text file, line or value of more bytes (unpacked) is skipped and counted, which "
+        "bounds a worker's memory (default %(default)s)",
     )

@@ -15,7 +15,11 @@ from typing import BinaryIO
 from megatron_ext.errors import ConfigError, DataError
 
 CHUNK_BYTES = 1 << 20
+ZSTD_INPUT_BYTES = 1 << 8
+"""Given to zstandard at once: a block of 4 bytes may unpack to 128 KiB, so this to 8 MiB."""
 ZSTD_LARGEST_WINDOW = 1 << 31
+TOO_LARGE = object()
+"""In the place of a document that is larger than the limit."""
 
 
 def require_zstandard():
@@ -58,7 +62,7 @@ def _zstd_chunks(stream: BinaryIO) -> Iterator[bytes]:
     zstandard = require_zstandard()
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_LARGEST_WINDOW)
     frame = None
-    while data := stream.read(CHUNK_BYTES):
+    while data := stream.read(ZSTD_INPUT_BYTES):
         while data:
             frame = frame or decompressor.decompressobj()
             yield frame.decompress(data)
@@ -73,6 +77,22 @@ def is_damage(error: Exception) -> bool:
     """True for what the decompressors raise on a damaged stream."""
     kinds = (EOFError, gzip.BadGzipFile, zlib.error)
     return isinstance(error, kinds) or type(error).__name__ == "ZstdError"
+
+
+def read_line(stream: BinaryIO, limit: int) -> tuple[bytes | None, int]:
+    """(the next line, its bytes); (None, its bytes) where it is longer than ``limit`` without its
+    newline: such a line is passed over and never held whole.
+    """
+    line = stream.readline(limit + 1)
+    size = len(line)
+    if size <= limit or line.endswith(b"\n"):
+        return line, size
+    del line
+    while part := stream.readline(CHUNK_BYTES):
+        size += len(part)
+        if part.endswith(b"\n"):
+            break
+    return None, size
 
 
 @contextmanager

@@ -4,11 +4,13 @@ A text file is one document; a jsonl line and a parquet row are one document eac
 key).  What is not a document is skipped and counted with its reason, never silently: binary or
 non-UTF-8 text, a line without the key, a value that is not a string, a blank document.  Order is
 fixed: inputs as given, a folder's files by path.
+
+A text file, a line of jsonl or a value of a parquet column of more bytes than a limit is skipped,
+too, and no more of it than the limit is held: one line of a small .gz may unpack to gigabytes.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,14 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data.compressed import open_bytes
-from megatron_ext.errors import ConfigError, DataError
+from data.compressed import TOO_LARGE, open_bytes, read_line
+from data.parquet import open_parquet, row_groups, values
+from megatron_ext.errors import ConfigError, DataError, Fatal, one_line
 
 KINDS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst")
 SUPPORTED = ", ".join(KINDS) + " and .gz/.zst of those"
 EXAMPLES_KEPT = 5
-ROWS_PER_BATCH = 1024
+MAX_DOCUMENT_BYTES = 64 << 20
+"""Default of --max-document-bytes; tokenizing takes up to 170 times the bytes of a document."""
+SAID_CHARACTERS = 200
 
 
 @dataclass
@@ -40,6 +45,21 @@ class Skipped:
         kept = self.examples.setdefault(reason, [])
         if len(kept) < EXAMPLES_KEPT:
             kept.append(place)
+
+    @contextmanager
+    def one_document(self, stage: str, place: str) -> Iterator[None]:
+        """Whatever ends the block ends this document only: counted as ``stage: kind of error``.
+
+        BaseException, because that is what the panic of a library in Rust is.
+        """
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            said = error.what if isinstance(error, Fatal) else str(error)
+            said = f": {one_line(said)[:SAID_CHARACTERS]}" if said else ""
+            self.add(f"{stage}: {type(error).__name__}", place + said)
 
     def merge(self, other: Skipped) -> None:
         """Adds the counts of ``other``, which comes later in the order of documents."""
@@ -154,14 +174,8 @@ def _source(path: Path, skipped: Skipped) -> Source | None:
 
 def whole(source: Source) -> Piece:
     """A piece that covers the source."""
-    end = row_groups(source) if splits_by_rows(source) else source.size
+    end = row_groups(source.path) if splits_by_rows(source) else source.size
     return Piece(source, 0, end, source.size)
-
-
-def row_groups(source: Source) -> int:
-    """Number of row groups of a parquet file."""
-    with parquet_errors(source.path):
-        return require_parquet().ParquetFile(source.path).num_row_groups
 
 
 def splits_by_rows(source: Source) -> bool:
@@ -169,19 +183,29 @@ def splits_by_rows(source: Source) -> bool:
     return source.kind == "parquet" and not source.compression
 
 
-def read_piece(piece: Piece, key: str, skipped: Skipped) -> Iterator[str]:
+def read_piece(
+    piece: Piece, key: str, skipped: Skipped, max_bytes: int = MAX_DOCUMENT_BYTES
+) -> Iterator[str]:
     """Texts of the documents of a piece, in order; what is skipped is counted in ``skipped``."""
-    source = piece.source
+    return (text for _, text in read_documents(piece, key, skipped, max_bytes))
+
+
+def read_documents(
+    piece: Piece, key: str, skipped: Skipped, max_bytes: int
+) -> Iterator[tuple[str, str]]:
+    """As `read_piece`, each text behind its place: the file, and where in it."""
     readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
-    for place, text in readers[source.kind](piece, key, skipped):
-        if not isinstance(text, str):
+    for place, text in readers[piece.source.kind](piece, key, skipped, max_bytes):
+        if text is TOO_LARGE:
+            skipped.add(f"larger than --max-document-bytes {max_bytes}", place)
+        elif not isinstance(text, str):
             skipped.add(f"value of '{key}' is not a string", place)
         elif not text.strip():
             skipped.add("blank document", place)
         elif not _is_utf8(text):
             skipped.add("not UTF-8 (lone surrogate)", place)
         else:
-            yield text
+            yield place, text
 
 
 def _is_utf8(text: str) -> bool:
@@ -192,11 +216,16 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _read_text(piece: Piece, key: str, skipped: Skipped) -> Iterator[tuple[str, object]]:
+def _read_text(
+    piece: Piece, key: str, skipped: Skipped, max_bytes: int
+) -> Iterator[tuple[str, object]]:
     """The one document of a text file; a byte order mark is dropped."""
     place = str(piece.source.path)
     with open_bytes(piece.source.path, piece.source.compression) as stream:
-        content = stream.read()
+        content = stream.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        yield place, TOO_LARGE
+        return
     if b"\0" in content:
         skipped.add("binary (NUL byte)", place)
         return
@@ -206,30 +235,33 @@ def _read_text(piece: Piece, key: str, skipped: Skipped) -> Iterator[tuple[str, 
         skipped.add("not UTF-8", f"{place} byte {error.start}")
 
 
-def _lines(piece: Piece, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of the lines that begin inside the piece."""
+def _lines(piece: Piece, stream: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+    """(offset, line) of the lines that begin inside the piece; None for a line that is too long."""
     if piece.source.compression:
         offset, end = 0, None
     else:
         offset, end = piece.start, piece.end
         if offset:
             stream.seek(offset - 1)
-            offset += (
-                len(stream.readline()) - 1
-            )  # the line that began before this piece is another's
+            offset += read_line(stream, 0)[1] - 1  # a line that began earlier is another piece's
     while end is None or offset < end:
-        line = stream.readline()
-        if not line:
+        line, size = read_line(stream, max_bytes)
+        if not size:
             return
         yield offset, line
-        offset += len(line)
+        offset += size
 
 
-def _read_jsonl(piece: Piece, key: str, skipped: Skipped) -> Iterator[tuple[str, object]]:
+def _read_jsonl(
+    piece: Piece, key: str, skipped: Skipped, max_bytes: int
+) -> Iterator[tuple[str, object]]:
     """The values of ``key``, one a line."""
     with open_bytes(piece.source.path, piece.source.compression) as stream:
-        for offset, line in _lines(piece, stream):
+        for offset, line in _lines(piece, stream, max_bytes):
             place = f"{piece.source.path} byte {offset}"
+            if line is None:
+                yield place, TOO_LARGE
+                continue
             if not line.strip():
                 continue
             try:
@@ -238,6 +270,8 @@ def _read_jsonl(piece: Piece, key: str, skipped: Skipped) -> Iterator[tuple[str,
                 skipped.add("not UTF-8", place)
             except (ValueError, RecursionError):
                 skipped.add("line is not JSON", place)
+            except MemoryError:
+                skipped.add("reader: MemoryError", place)
             else:
                 if isinstance(record, dict) and key in record:
                     yield place, record[key]
@@ -255,48 +289,28 @@ def no_key(key: str) -> str:
     return f"no key '{key}'"
 
 
-def require_parquet():
-    """pyarrow's parquet module, or the line that installs it."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError(
-            "a .parquet input needs the package pyarrow", do="pip install pyarrow==25.0.1"
-        ) from None
-    return pyarrow.parquet
-
-
-@contextmanager
-def parquet_errors(path: Path) -> Iterator[None]:
-    """Turns what pyarrow raises on a damaged file into a `DataError`."""
-    require_parquet()
-    from pyarrow import ArrowException
-
-    try:
-        yield
-    except (ArrowException, UnicodeDecodeError) as error:
-        raise DataError(
-            f"damaged parquet file: {error}", do="copy the file again or leave it out", path=path
-        ) from error
-
-
-def _read_parquet(piece: Piece, key: str, skipped: Skipped) -> Iterator[tuple[str, object]]:
+def _read_parquet(
+    piece: Piece, key: str, skipped: Skipped, max_bytes: int
+) -> Iterator[tuple[str, object]]:
     """The values of column ``key``."""
     source = piece.source
-    with parquet_errors(source.path), open_bytes(source.path, source.compression) as stream:
-        content = io.BytesIO(stream.read()) if source.compression else stream
-        file = require_parquet().ParquetFile(content)
+    with open_parquet(source.path, source.compression) as file:
         if key not in file.schema_arrow.names:
             keys = ", ".join(map(repr, file.schema_arrow.names))
             place = f"{source.path} keys present: {keys}"
             skipped.add(no_key(key), place, file.metadata.num_rows)
             return
-        groups = range(piece.start, piece.end) if splits_by_rows(source) else None
-        row = 0
-        for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=[key]):
-            for value in batch.column(0):
-                yield f"{source.path} group {piece.start} row {row}", value.as_py()
-                row += 1
+        whole_file = range(file.num_row_groups)
+        groups = range(piece.start, piece.end) if splits_by_rows(source) else whole_file
+        for row, value in enumerate(values(file, groups, key, max_bytes)):
+            yield f"{source.path} group {piece.start} row {row}", value
+
+
+WAYS_OUT = {
+    "larger than": "raise --max-document-bytes, or write documents, one a line of a .jsonl",
+    "tokenizer:": "use a tokenizer file that is whole and fits the text",
+}
+"""By the beginning of the reason for which documents were skipped."""
 
 
 def nothing_found(skipped: Skipped, key: str) -> DataError:
@@ -311,19 +325,25 @@ def nothing_found(skipped: Skipped, key: str) -> DataError:
         f"{reason}: {count} (first: {skipped.examples[reason][0]})"
         for reason, count in skipped.counts.items()
     )
+    ways = [
+        way for start, way in WAYS_OUT.items() if any(r.startswith(start) for r in skipped.counts)
+    ]
     return DataError(
-        f"no document in the input; skipped: {reasons or 'nothing'}", do="name files with text"
+        f"no document in the input; skipped: {reasons or 'nothing'}",
+        do="; ".join(ways) or "name files with text",
     )
 
 
-def first_texts(inputs: Iterable[Path], key: str, max_bytes: int) -> Iterator[str]:
+def first_texts(
+    inputs: Iterable[Path], key: str, max_bytes: int, max_document_bytes: int = MAX_DOCUMENT_BYTES
+) -> Iterator[str]:
     """Texts to train a tokenizer on: of each file its share of ``max_bytes``, from its start."""
     sources, skipped = find_sources(inputs)
     share = min(1.0, max_bytes / max(1, sum(source.size for source in sources)))
     count = 0
     for source in sources:
         budget = source.size * share if share < 1.0 else float("inf")
-        for text in read_piece(whole(source), key, skipped):
+        for text in read_piece(whole(source), key, skipped, max_document_bytes):
             if budget <= 0:
                 break
             budget -= len(text.encode("utf-8"))

@@ -12,6 +12,7 @@ import base64
 import binascii
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<eod>")
 TIKTOKEN_SPECIALS = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
 """Megatron-LM's first special ids of a JSON vocabulary; the others are called <SPECIAL_i>."""
 TIKTOKEN_MAX_VOCAB = 2**17
+LONGEST_SPACE = 100_000
+"""Characters of white space in a row from which tiktoken's own way of cutting is not taken."""
 TIKTOKEN_PATTERNS = {
     "v1": r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
     "v2": "|".join(
@@ -60,9 +63,10 @@ def missing_package(tokenizer_type: str, package: str, pin: str) -> ConfigError:
 class HuggingFaceTokenizer:
     """A ``tokenizer.json`` through the ``tokenizers`` library (no transformers, no network).
 
-    As in Megatron-LM, ids include what the tokenizer's own template adds (a leading ``<s>`` for
-    instance). ``eod`` is ``eos_token`` of tokenizer_config.json or special_tokens_map.json beside
-    it, else the first of `EOD_NAMES` in the vocabulary.
+    The file's settings for fine-tuning and inference are off: truncation, padding, sampling (BPE
+    dropout and its like), and the template that puts special tokens around a text.  ``eod`` is
+    ``eos_token`` of tokenizer_config.json or special_tokens_map.json beside it, else the first of
+    `EOD_NAMES` in the vocabulary.
 
     Args:
         model: ``tokenizer.json`` or a folder that holds it.
@@ -86,7 +90,8 @@ class HuggingFaceTokenizer:
                 "formats are converted by AutoTokenizer.save_pretrained)",
                 path=path,
             ) from None
-        self._describe(content, beside=path.parent)
+        changed = only_the_text(self.tokenizer)
+        self._describe(changed + content, beside=path.parent)
 
     def _describe(self, content: bytes, beside: Path) -> None:
         """Fills the fields of the protocol from ``self.tokenizer``."""
@@ -109,7 +114,7 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; no eod."""
-        return self.tokenizer.encode(text, add_special_tokens=True).ids
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens silent."""
@@ -145,6 +150,22 @@ class GPT2BPETokenizer(HuggingFaceTokenizer):
         """Text of ``ids``, eod silent."""
         kept = [int(index) for index in ids if index != self.eod]
         return self.tokenizer.decode(kept, skip_special_tokens=False)
+
+
+def only_the_text(tokenizer) -> bytes:
+    """Turns off what makes ids differ from those of the text alone; b"" where nothing does, so that
+    the fingerprint of a clean file is that of its content.
+    """
+    found = bool(tokenizer.encode("", add_special_tokens=True).ids)
+    if tokenizer.truncation is not None or tokenizer.padding is not None:
+        found = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    for sampling in ("dropout", "alpha", "nbest_size"):
+        if getattr(tokenizer.model, sampling, None) is not None:
+            found = True
+            setattr(tokenizer.model, sampling, None)
+    return b"text only" if found else b""
 
 
 def special_tokens_beside(folder: Path) -> dict[str, str]:
@@ -221,8 +242,19 @@ class TikTokenizer:
         self.fingerprint = hashlib.sha256(settings + content).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``; no eod."""
-        return self.tokenizer.encode_ordinary(text)
+        """Token ids of ``text``; no eod.
+
+        tiktoken's expression engine panics on a run of some 300,000 spaces: then the text is cut by
+        another engine and merged piece by piece, which gives the same ids.
+        """
+        if len(text) < LONGEST_SPACE or not re.search(rf"\s{{{LONGEST_SPACE}}}", text):
+            return self.tokenizer.encode_ordinary(text)
+        import regex  # tiktoken itself needs it
+
+        ids: list[int] = []
+        for piece in regex.finditer(self.tokenizer._pat_str, text):
+            ids += self.tokenizer._encode_single_piece(piece.group())
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens silent."""

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from data import documents, indexed, shards
-from data.command import CommandLine, add_json_keys
+from data.command import CommandLine, add_document_flags
 from data.executors.flags import Asked, add_executor_flags, asked_of
 from data.scan import spot_sha256
 from data.storage import (
@@ -59,6 +59,7 @@ class Job:
     append_eod: bool
     tokenizer: Tokenizer
     asked: Asked
+    max_document_bytes: int = documents.MAX_DOCUMENT_BYTES
 
     @property
     def parts(self) -> Path:
@@ -75,6 +76,8 @@ class Job:
         inputs = [(str(source.path), source.size, source.mtime_ns) for source in self.sources]
         settings = [FORMAT, self.key, self.append_eod, self.tokenizer.fingerprint, inputs]
         settings += self.asked.changes_documents
+        if self.max_document_bytes != documents.MAX_DOCUMENT_BYTES:
+            settings += [self.max_document_bytes]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
@@ -87,7 +90,7 @@ def prepare(job: Job, args: argparse.Namespace, skipped: documents.Skipped) -> d
         if done is not None:
             return {**done, "already_done": True}
         plan = shards.plan(job.sources)
-        recipe = shards.Recipe(job.parts, job.key, job.append_eod)
+        recipe = shards.Recipe(job.parts, job.key, job.append_eod, job.max_document_bytes)
         facts, kept = make_shards(job, recipe, plan, args)
         total = shards.total_facts(facts)
         skipped.merge(total.skipped)
@@ -246,7 +249,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="PREFIX",
         help="path without extension; what --data-path takes",
     )
-    add_json_keys(made)
+    add_document_flags(made)
     made.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
@@ -274,7 +277,8 @@ def job_of(args: argparse.Namespace) -> tuple[Job, documents.Skipped]:
     sources, skipped = documents.find_sources(args.input)
     key = documents.single_key(args.json_keys)
     tokenizer = tokenizer_of(args)
-    return Job(args.output.absolute(), sources, key, args.append_eod, tokenizer, asked), skipped
+    prefix, limit = args.output.absolute(), args.max_document_bytes
+    return Job(prefix, sources, key, args.append_eod, tokenizer, asked, limit), skipped
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -286,13 +290,14 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the finished shards", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
-    left_out = (
-        ", ".join(f"{count} {reason}" for reason, count in report["skipped"].items()) or "nothing"
+    left_out = ", ".join(
+        f"{count} {reason} (first: {report['skipped_examples'][reason][0]})"
+        for reason, count in report["skipped"].items()
     )
     state = "unchanged" if report.get("already_done") else "written"
     print(
         f"{args.output}.bin {state}: documents={report['documents']} tokens={report['tokens']} "
-        f"bytes={report['bytes']} skipped: {left_out}"
+        f"bytes={report['bytes']} skipped: {left_out or 'nothing'}"
     )
 
 

@@ -18,8 +18,16 @@ from pathlib import Path
 
 import numpy as np
 
-from data.documents import Piece, Skipped, Source, read_piece, row_groups, splits_by_rows
+from data.documents import (
+    MAX_DOCUMENT_BYTES,
+    Piece,
+    Skipped,
+    Source,
+    read_documents,
+    splits_by_rows,
+)
 from data.indexed import LARGEST_DOCUMENT, token_dtype
+from data.parquet import row_groups
 from data.storage import atomic_file, disk_errors, sha256_of, write_json
 from data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
@@ -63,7 +71,7 @@ def pieces_of(source: Source, target: int) -> Iterator[Piece]:
             end = min(source.size, start + target)
             yield Piece(source, start, end, end - start)
     elif splits_by_rows(source):
-        groups = max(1, row_groups(source))
+        groups = max(1, row_groups(source.path))
         for group in range(groups):
             yield Piece(source, group, group + 1, source.size // groups)
     else:
@@ -99,6 +107,7 @@ class Recipe:
     key: str
     """Of the text in jsonl lines and parquet columns."""
     append_eod: bool
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
 
 def write_shard(
@@ -107,32 +116,40 @@ def write_shard(
     """Tokenizes one shard to disk; returns its facts."""
     skipped = Skipped()
     texts = (
-        (text, piece.source.path)
+        document
         for piece in pieces
-        for text in read_piece(piece, recipe.key, skipped)
+        for document in read_documents(piece, recipe.key, skipped, recipe.max_document_bytes)
     )
-    facts = write_texts(recipe, shard, texts, tokenizer)
-    facts.skipped = skipped
-    return facts
+    return write_texts(recipe, shard, texts, tokenizer, skipped)
 
 
 def write_texts(
-    recipe: Recipe, shard: int, texts: Iterable[tuple[str, Path]], tokenizer: Tokenizer
+    recipe: Recipe,
+    shard: int,
+    texts: Iterable[tuple[str, str]],
+    tokenizer: Tokenizer,
+    skipped: Skipped,
 ) -> ShardFacts:
-    """The ``.bin`` and ``.len`` of one shard from (text, its file); its facts, nothing skipped."""
-    facts = ShardFacts(shard)
+    """The ``.bin`` and ``.len`` of one shard from (place, text); a document that the tokenizer
+    cannot do is counted in ``skipped``, which becomes part of the facts.
+    """
+    facts = ShardFacts(shard, skipped=skipped)
     dtype = token_dtype(tokenizer.vocab_size)
     bin_path, len_path = shard_paths(recipe.folder, shard)
     lengths: list[int] = []
     digest = hashlib.sha256()
     with atomic_file(bin_path) as stream:
-        for text, path in texts:
-            ids = encode_checked(tokenizer, text, recipe.append_eod, path)
+        for place, text in texts:
+            ids = None
+            with skipped.one_document("tokenizer", place):
+                ids = encode_checked(tokenizer, text, recipe.append_eod)
+                count_document(facts, text, ids, tokenizer)
+            if ids is None:
+                continue
             content = ids.astype(dtype).tobytes()
             digest.update(content)
             stream.write(content)
             lengths.append(len(ids))
-            count_document(facts, text, ids, tokenizer)
     facts.bin_bytes, facts.bin_sha256 = facts.tokens * dtype.itemsize, digest.hexdigest()
     content = np.array(lengths, dtype="<i8").tobytes()
     facts.len_sha256 = hashlib.sha256(content).hexdigest()
@@ -141,31 +158,35 @@ def write_texts(
     return facts
 
 
-def encode_checked(tokenizer: Tokenizer, text: str, append_eod: bool, path: Path) -> np.ndarray:
-    """int64 ids of one document, each proven to be inside the vocabulary."""
+def encode_checked(tokenizer: Tokenizer, text: str, append_eod: bool) -> np.ndarray:
+    """int64 ids of one document, each proven to be inside the vocabulary, none of them its end."""
     ids = np.array(tokenizer.encode(text) + ([tokenizer.eod] if append_eod else []), dtype=np.int64)
     if len(ids) > LARGEST_DOCUMENT:
         raise DataError(
             f"a document has {len(ids)} tokens, an .idx counts up to {LARGEST_DOCUMENT}",
             do="cut the document",
-            path=path,
         )
     if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
         raise DataError(
             f"the tokenizer gave id {ids.max() if ids.min() >= 0 else ids.min()}, "
             f"its vocabulary is 0 to {tokenizer.vocab_size - 1}",
             do="use a tokenizer file that is whole",
-            path=path,
+        )
+    if (ids[: len(ids) - append_eod] == tokenizer.eod).any():
+        raise DataError(
+            f"the text spells the end of a document (id {tokenizer.eod})",
+            do="mark the token as special in the tokenizer's file",
         )
     return ids
 
 
 def count_document(facts: ShardFacts, text: str, ids: np.ndarray, tokenizer: Tokenizer) -> None:
     """Adds one document to the facts."""
+    text_bytes, represented = len(text.encode("utf-8")), tokenizer.bytes_of(ids)
     facts.documents += 1
     facts.tokens += len(ids)
-    facts.text_bytes += len(text.encode("utf-8"))
-    facts.represented_bytes += tokenizer.bytes_of(ids)
+    facts.text_bytes += text_bytes
+    facts.represented_bytes += represented
     if len(ids):
         low, high = int(ids.min()), int(ids.max())
         facts.smallest_id = low if facts.smallest_id is None else min(low, facts.smallest_id)

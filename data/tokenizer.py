@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 from data import documents, foreign_tokenizers, sentencepiece_model
-from data.command import CommandLine, add_json_keys
+from data.command import CommandLine, add_document_flags
 from data.storage import make_folder
 from megatron_ext.errors import ConfigError, exit_on_fatal
 
@@ -183,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--model", type=Path, required=True, metavar="PATH", help="the .model file to write"
     )
-    add_json_keys(train)
+    add_document_flags(train)
     train.add_argument(
         "--max-bytes",
         type=int,
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     key = documents.single_key(args.json_keys)
     make_folder(args.model.absolute().parent)
-    texts = documents.first_texts(args.input, key, args.max_bytes)
+    texts = documents.first_texts(args.input, key, args.max_bytes, args.max_document_bytes)
     sentencepiece_model.train(texts, args.vocab_size, args.model)
     trained = sentencepiece_model.SentencePieceTokenizer(args.model)
     print(

@@ -16,7 +16,7 @@ from data.documents import Piece
 from data.shards import Recipe, ShardFacts, append_to_journal, finished_shards, write_shard
 from data.storage import require_space
 from data.tokenizer import Tokenizer, tokenizer_of
-from megatron_ext.errors import Fatal
+from megatron_ext.errors import ResourceError
 
 PARENT_CHECK_S = 1.0
 INPUT_BYTES_PER_ID_BYTE = 4
@@ -69,10 +69,10 @@ def _run_pool(
         for task in as_completed(tasks):
             yield task.result()
     except BrokenProcessPool:
-        raise Fatal(
+        raise ResourceError(
             "a worker process died (killed, or out of memory)",
-            do="run the same command again (finished shards are kept), with fewer --workers if "
-            "memory is short",
+            do="run the same command again (finished shards are kept), with fewer --workers or "
+            "a lower --max-document-bytes if memory is short",
             path=recipe.folder,
         ) from None
     finally:

@@ -26,6 +26,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ext.packages import missing_package
+
 INTERNAL_BUG = 70
 """Exit code of a bug: an exception that is not a `Fatal` keeps its traceback."""
 
@@ -136,6 +138,12 @@ class DiskError(Fatal):
     """Full, read-only or failing storage (74)."""
 
     code = 74
+
+
+class MissingPackage(ConfigError):  # noqa: N818 - what is wrong, as the others say it
+    """A package is not installed (64), perhaps on one node only: every rank says so."""
+
+    every_rank = False
 
 
 class Preempted(Fatal):  # noqa: N818 - not an error: the state is saved
@@ -269,6 +277,24 @@ _LOST = (
 
 def _translated(error: Exception) -> Fatal | None:
     """The `Fatal` that stands for an exception of the system or of the collectives, if any does."""
+    missing = missing_package(error)
+    if missing:
+        return MissingPackage(*missing)
+    return _of_memory(error) or _of_system(error)
+
+
+def _of_memory(error: Exception) -> Fatal | None:
+    """For memory that does not suffice, in Python or in a library of C++."""
+    if not isinstance(error, MemoryError) and "bad_alloc" not in str(error):
+        return None
+    return ResourceError(
+        f"memory does not suffice: {type(error).__name__} {error}",
+        do="free memory, raise the limit (ulimit -v), or ask for less",
+    )
+
+
+def _of_system(error: Exception) -> Fatal | None:
+    """For limits of the system and for a connection to another rank that broke."""
     for number, what, do in _LIMITS:
         if isinstance(error, OSError) and error.errno == number:
             return ResourceError(f"{what}: {error}", do=do)
@@ -285,6 +311,17 @@ def _translated(error: Exception) -> Fatal | None:
             do="look at that rank's last words; start again with --load, or launch with --restarts",
         )
     return None
+
+
+def leave_uncaught(kind: type[BaseException], error: BaseException, trace) -> None:
+    """sys.excepthook of all our programs: a package that is missing where a program is imported, so
+    before its `exit_on_fatal`, is one line, too.
+    """
+    missing = missing_package(error)
+    if missing is None:
+        sys.__excepthook__(kind, error, trace)
+        return
+    raise SystemExit(_leave(MissingPackage(*missing), current_rank()))
 
 
 def as_fatal(error: Exception) -> Fatal:

@@ -16,7 +16,7 @@ from pathlib import Path
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from data.documents import Piece, Skipped, Source, read_piece
+from data.documents import Piece, Skipped, Source, read_documents
 from data.shards import Recipe, save_facts, write_texts
 from data.storage import atomic_file
 from data.tokenizer import Tokenizer, tokenizer_of
@@ -70,21 +70,21 @@ class ReadShard(PipelineStep):
     type = "READER"
     name = "shard"
 
-    def __init__(self, folder: Path, key: str):
+    def __init__(self, recipe: Recipe):
         super().__init__()
-        self.folder, self.key = folder, key
+        self.recipe = recipe
         self.skipped = Skipped()
         """What this task left out so far, here and in later steps."""
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Yields the documents; metadata holds the task's number and the file."""
-        self.skipped = Skipped()  # several tasks of one job share this object
-        for piece in read_plan(self.folder, rank):
+        """Yields the documents; metadata holds the task's number."""
+        self.skipped.counts.clear()  # several tasks of one job share this object
+        self.skipped.examples.clear()
+        key, limit = self.recipe.key, self.recipe.max_document_bytes
+        for piece in read_plan(self.recipe.folder, rank):
             require_unchanged(piece.source)
-            path = str(piece.source.path)
-            for count, text in enumerate(read_piece(piece, self.key, self.skipped)):
-                place = f"{path} document {count} of shard {rank}"
-                yield Document(text=text, id=place, metadata={"rank": rank, "path": path})
+            for place, text in read_documents(piece, key, self.skipped, limit):
+                yield Document(text=text, id=place, metadata={"rank": rank})
 
 
 class Dropped:
@@ -104,6 +104,24 @@ class Dropped:
         detail = document.metadata.get("filter_reason")
         reason = f"{self.reason}: {detail}" if detail else self.reason
         self.reader.skipped.add(reason, document.id)
+
+
+class OneByOne(PipelineStep):
+    """A step of datatrove that gets each document alone: one on which it fails is left out."""
+
+    type = "FILTER"
+
+    def __init__(self, step: PipelineStep, reader: ReadShard, name: str):
+        super().__init__()
+        self.step, self.reader, self.name = step, reader, name
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yields what the step yields."""
+        for document in data:
+            kept: list[Document] = []
+            with self.reader.skipped.one_document(self.name, document.id):
+                kept = list(self.step.run([document], rank, world_size))
+            yield from kept
 
 
 @lru_cache(maxsize=1)
@@ -134,7 +152,6 @@ class WriteShard(PipelineStep):
                 "a task found another tokenizer than the command did",
                 do="put the tokenizer on a file system that all nodes see",
             )
-        texts = ((document.text, Path(document.metadata["path"])) for document in data)
-        facts = write_texts(self.recipe, rank, texts, tokenizer)
-        facts.skipped = self.reader.skipped
+        texts = ((document.id, document.text) for document in data)
+        facts = write_texts(self.recipe, rank, texts, tokenizer, self.reader.skipped)
         save_facts(self.recipe.folder, facts)

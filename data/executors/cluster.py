@@ -27,7 +27,7 @@ from data.executors.flags import Asked
 from data.executors.stages import Stage
 from data.storage import disk_errors, write_json
 from data.workers import end_with_parent
-from megatron_ext.errors import Fatal
+from megatron_ext.errors import Fatal, ResourceError
 
 ROOT = Path(__file__).resolve().parents[2]
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -88,10 +88,10 @@ class LocalExecutor(WritesFailures, LocalPipelineExecutor):
             for task in as_completed([pool.submit(run_quietly, self, rank) for rank in ranks]):
                 task.result()
         except BrokenProcessPool:
-            raise Fatal(
+            raise ResourceError(
                 "a worker process died (killed, or out of memory)",
                 do="run the same command again (finished shards are kept), with fewer --workers "
-                "if memory is short",
+                "or a lower --max-document-bytes if memory is short",
                 path=self.logging_dir.path,
             ) from None
         finally:

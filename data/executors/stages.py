@@ -23,7 +23,7 @@ from datatrove.pipeline.dedup import url_dedup
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 
-from data.executors.blocks import Dropped, ReadShard, WriteShard
+from data.executors.blocks import Dropped, OneByOne, ReadShard, WriteShard
 from data.executors.filters import make_filter, name_of
 from data.executors.flags import Asked
 from data.executors.words import words_of
@@ -54,7 +54,7 @@ def stages_of(
     words = words_of(asked.words)
 
     def chain() -> list[PipelineStep]:
-        reader = ReadShard(recipe.folder, recipe.key)
+        reader = ReadShard(recipe)
         return [reader, *(_filter(text, words, reader) for text in asked.filters)]
 
     folder = recipe.folder / asked.dedup
@@ -72,7 +72,8 @@ def stages_of(
 
 
 def _filter(text: str, words: WordTokenizer, reader: ReadShard) -> PipelineStep:
-    return make_filter(text, words, Dropped(reader, name_of(text)))
+    name = name_of(text)
+    return OneByOne(make_filter(text, words, Dropped(reader, name)), reader, name)
 
 
 def first_shard_first(document: Document) -> int:

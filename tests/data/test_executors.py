@@ -87,7 +87,7 @@ def test_only_missing_shards_are_done_after_a_task_was_killed(tmp_path, several,
     script = (
         "import os, signal, sys\nfrom data import prepare, shards\nreal = shards.encode_checked\n"
         "def dying(*given):\n"
-        "    if str(given[3]).endswith('1.jsonl'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if given[1].startswith('1 '): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(*given)\n"
         "shards.encode_checked = dying\nprepare.main(sys.argv[1:])"
     )
@@ -134,7 +134,7 @@ def test_a_worker_that_dies_is_one_error_and_no_wait(tmp_path, several, whole, b
     wait_for(lambda: plan.exists() and len(children()) >= 2)
     os.kill(children()[0], signal.SIGKILL)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 70
+    assert process.returncode == 69
     assert said.count("FATAL") == 1 and "a worker process died" in said
     prepare.main(arguments)
     assert digests(tmp_path / "p") == digests(whole)

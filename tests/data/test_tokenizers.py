@@ -1,10 +1,11 @@
 import base64
+import hashlib
 import json
 import random
 
 import pytest
 
-from data import sentencepiece_model
+from data import foreign_tokenizers, sentencepiece_model
 from data.tokenizer import build_tokenizer
 from megatron_ext.errors import ConfigError, DataError
 
@@ -145,6 +146,111 @@ def test_a_document_cannot_forge_its_end(tmp_path, texts):
     assert build_tokenizer("HuggingFaceTokenizer", tmp_path).eod == hugging.tokenizer.token_to_id(
         "a"
     )
+
+
+def truncation(settings):
+    settings["truncation"] = {
+        "direction": "Right",
+        "max_length": 5,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+
+
+def padding(settings):
+    settings["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
+
+
+def template(*around):
+    def change(settings):
+        from tokenizers import processors
+
+        kind = processors.TemplateProcessing(
+            single=" ".join(around), special_tokens=[("<|endoftext|>", 0)]
+        )
+        settings["post_processor"] = json.loads(kind.__getstate__())
+
+    return change
+
+
+def dropout(settings):
+    settings["model"]["dropout"] = 0.5
+
+
+def behind_bytes(settings):
+    template("$A", "<|endoftext|>")(settings)
+    first = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    processors = [first, settings["post_processor"]]
+    settings["post_processor"] = {"type": "Sequence", "processors": processors}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [truncation],
+        [padding],
+        [truncation, padding],
+        [template("<|endoftext|>", "$A")],
+        [template("$A", "<|endoftext|>")],
+        [template("<|endoftext|>", "$A", "<|endoftext|>"), truncation],
+        [behind_bytes],
+        [dropout],
+    ],
+)
+def test_settings_inside_a_tokenizer_json_do_not_change_what_training_sees(
+    tmp_path, texts, changes
+):
+    made = bytelevel(tmp_path, texts)
+    clean = build_tokenizer("HuggingFaceTokenizer", tmp_path)
+    settings = json.loads(made.to_str())
+    for change in changes:
+        change(settings)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    found = build_tokenizer("HuggingFaceTokenizer", tmp_path)
+    for text in [*texts[:20], *HOSTILE]:
+        ids = found.encode(text)
+        assert ids == clean.encode(text) and found.eod not in ids
+        assert found.decode(ids) == text
+    assert found.eod == clean.eod
+
+
+def test_unigram_sampling_is_off(tmp_path, texts):
+    from tokenizers import Tokenizer, models, trainers
+
+    made = Tokenizer(models.Unigram())
+    trainer = trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    made.train_from_iterator(texts, trainer)
+    made.model.alpha, made.model.nbest_size = 0.1, 64
+    foreign_tokenizers.only_the_text(made)
+    assert made.model.alpha is None and made.model.nbest_size is None
+    assert len({str(made.encode(texts[0]).ids) for _ in range(5)}) == 1
+
+
+def test_a_clean_tokenizer_json_keeps_its_fingerprint(tmp_path, texts):
+    """Data that an earlier version prepared with such a file is still known as its own."""
+    made = bytelevel(tmp_path, texts)
+    content = (tmp_path / "tokenizer.json").read_bytes()
+    clean = build_tokenizer("HuggingFaceTokenizer", tmp_path).fingerprint
+    assert clean == hashlib.sha256(b"huggingface0" + content).hexdigest()
+    made.enable_truncation(5)
+    made.save(str(tmp_path / "tokenizer.json"))
+    content = (tmp_path / "tokenizer.json").read_bytes()
+    changed = build_tokenizer("HuggingFaceTokenizer", tmp_path).fingerprint
+    assert changed != hashlib.sha256(b"huggingface0" + content).hexdigest()
 
 
 def ranks():
