@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this file is started by its path, from any folder
 
 from launch.attempts import Launch  # noqa: E402
-from launch.words import Options, WordsError, read_words  # noqa: E402
+from launch.words import USAGE, Options, WordsError, asks_for_help, read_words  # noqa: E402
 from megatron_ext.config import parse  # noqa: E402
 from megatron_ext.costs.dryrun import dry_run  # noqa: E402
 from megatron_ext.errors import ConfigError, exit_on_fatal  # noqa: E402
@@ -51,6 +51,9 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("PRETRAIN_MOE_START", time.strftime("%Y%m%d-%H%M%S"))
     with exit_on_fatal():
         try:
+            if asks_for_help(argv):
+                print(USAGE, end="")
+                return 0
             options = read_words(argv, os.environ)
         except WordsError as error:
             raise ConfigError(str(error), do=error.do) from None
