@@ -74,6 +74,11 @@ class Part:
     nodes: int | None = None
     cores: int | None = None
 
+    @property
+    def on_cpu(self) -> bool:
+        """True where ranks share cores: `planner calibrate` measures such a machine."""
+        return self.cores is not None
+
 
 @dataclass(frozen=True)
 class Cluster:

@@ -15,10 +15,10 @@ from megatron_ext.config.checks.numbers import divisors
 from megatron_ext.costs.cluster import FOLDER, Cluster, load
 from megatron_ext.errors import ConfigError
 from megatron_ext.pipeline import draw
+from megatron_ext.planner import job, placement
 from megatron_ext.planner import memory as mem
-from megatron_ext.planner import placement
 from megatron_ext.planner.layouts import Verdict, broken_rule, sizes_of, verdicts
-from megatron_ext.planner.search import flags_of, search, why_not
+from megatron_ext.planner.search import flags_of, search, sharded, why_not
 from megatron_ext.planner.step_time import report, step
 
 COMMANDS = {
@@ -238,6 +238,7 @@ def _explain(cfg: RunConfig, cluster: Cluster, imbalance: float) -> str:
 def _search(own, flags: list[str], cluster: Cluster | None, world: int) -> str:
     cluster, cfg = _need(cluster), _read(own, flags, world, checked=False)
     limit = own.memory_gb * 1e9 if own.memory_gb else cluster.memory_bytes
+    cfg, sharding = sharded(cfg)
     found, number = search(cfg, world, cluster, limit, own.imbalance)
     if not found:
         raise ConfigError(
@@ -253,33 +254,15 @@ def _search(own, flags: list[str], cluster: Cluster | None, world: int) -> str:
     for one in found[1:]:
         lines.append(f"{one.sizes} loses {why_not(found[0], one)}")
         break
-    words = flags_of(found[0].sizes)
+    best = found[0]
+    words = [*sharding, *flags_of(best.sizes, cfg)]
     lines.append("flags of the best:\n  " + " \\\n  ".join(words))
-    batch = sbatch(config_path(own.config), cluster, world, [*flags, *" ".join(words).split()])
+    about = f"{own.config} on {world} ranks of {cluster.name}: {best.sizes}"
+    about += f", {best.step.seconds:.4g} s a step as predicted"
+    batch = job.sbatch(own.config, cluster, world, [*flags, *" ".join(words).split()], about)
     if own.sbatch:
         Path(own.sbatch).write_text(batch, encoding="utf-8")
         lines.append(f"sbatch file written to {own.sbatch}")
     else:
         lines.append("sbatch file:\n" + batch)
     return "\n".join(lines)
-
-
-def sbatch(config: str, cluster: Cluster, world: int, flags: list[str]) -> str:
-    """A Slurm script that trains the layout."""
-    per_node = min(cluster.parts[0].gpus_per_node, world)
-    words = " ".join(f"'{word}'" if set(word) & set("*|()[] ") else word for word in flags)
-    return f"""#!/usr/bin/env bash
-#SBATCH --job-name=pretrain-moe
-#SBATCH --nodes={-(-world // per_node)}
-#SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node={per_node}
-#SBATCH --exclusive
-#SBATCH --requeue
-#SBATCH --signal=B:USR1@300
-set -euo pipefail
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export CUDA_DEVICE_MAX_CONNECTIONS=1
-srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node {per_node} \\
-  --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:29500" \\
-  pretrain_moe.py --config {config} {words}
-"""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from megatron_ext.config import RunConfig
 from megatron_ext.config.checks.numbers import divisors
+from megatron_ext.config.flags import Flag, all_flags
 from megatron_ext.costs.activations import kept, layer_saved, loss_saved
 from megatron_ext.costs.cluster import Cluster
 from megatron_ext.costs.micro_batch import shape_of
@@ -222,6 +223,24 @@ def search(
     return found[:keep], number
 
 
+SHARDING = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+"""Each of these needs those before it."""
+
+
+def sharded(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The configuration with the optimizer's state over data parallelism and its messages behind
+    the passes, and the flags that say so: those of SHARDING up to the first that a file or a flag
+    has switched off. No number of a training depends on them.
+    """
+    chosen: dict[str, bool] = {}
+    for name in SHARDING:
+        if not getattr(cfg.ddp, name) and cfg.origins[name] != "default":
+            break
+        chosen[name] = True
+    flags = [f"--{name.replace('_', '-')}" for name in chosen]
+    return replace(cfg, ddp=replace(cfg.ddp, **chosen)), flags
+
+
 def why_not(best: Found, other: Found) -> str:
     """What the slower of two layouts loses, largest first."""
     parts = {
@@ -244,8 +263,27 @@ def _idle(one: Step) -> float:
     return one.pipeline.makespan - max(one.pipeline.busy)
 
 
-def flags_of(sizes: Sizes) -> list[str]:
-    """The layout as flags of pretrain_moe.py."""
+SPLITS = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+"""What a layout string leaves no room for."""
+
+RECOMPUTE = (
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+)
+"""Names of the four parts of a strategy."""
+
+
+def flags_of(sizes: Sizes, base: RunConfig | None = None) -> list[str]:
+    """The layout as flags of pretrain_moe.py, to be read after those of `base`: what `base` says
+    and the layout does not is switched off.
+    """
     words = [
         f"--tensor-model-parallel-size {sizes.tp}",
         f"--pipeline-model-parallel-size {sizes.pp}",
@@ -253,15 +291,26 @@ def flags_of(sizes: Sizes) -> list[str]:
         f"--expert-model-parallel-size {sizes.ep}",
         f"--expert-tensor-parallel-size {sizes.etp}",
     ]
-    words += ["--sequence-parallel"] if sizes.tp > 1 else []
     words += [f"--micro-batch-size {sizes.micro_batch}"] if sizes.micro_batch else []
+    values: dict = {
+        "sequence_parallel": sizes.tp > 1,
+        "num_layers_per_virtual_pipeline_stage": None,
+        "num_virtual_stages_per_pipeline_rank": sizes.vpp if sizes.vpp > 1 else None,
+        "pipeline_model_parallel_layout": sizes.stages,
+    }
     if sizes.stages:
-        words.append(f"--pipeline-model-parallel-layout {sizes.stages}")
-    elif sizes.vpp > 1:
-        words.append(f"--num-virtual-stages-per-pipeline-rank {sizes.vpp}")
-    granularity, method, layers, modules = sizes.recompute or STRATEGIES[0]
-    if granularity:
-        words.append(f"--recompute-granularity {granularity}")
-    words += [f"--recompute-method {method} --recompute-num-layers {layers}"] if method else []
-    words += ["--recompute-modules " + " ".join(modules)] if modules else []
+        values |= dict.fromkeys(SPLITS)
+    if sizes.recompute:
+        values |= dict(zip(RECOMPUTE, sizes.recompute))
+    for name, value in values.items():
+        flag = all_flags()[name]
+        if value or (base and getattr(getattr(base, flag.section), name)):
+            words.append(_word(flag, value))
     return words
+
+
+def _word(flag: Flag, value) -> str:
+    if flag.kind.base == "bool":
+        return flag.names[0] if value else flag.negatives[0]
+    text = "null" if value is None else str(value)
+    return f"{flag.names[0]} {' '.join(value) if isinstance(value, tuple) else text}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 
@@ -11,9 +13,11 @@ from megatron_ext.config import parse
 from megatron_ext.costs.cluster import load
 from megatron_ext.costs.parameters import count_parameters
 from megatron_ext.errors import ConfigError
-from megatron_ext.planner.command import config_path, main
-from megatron_ext.planner.layouts import legal, verdicts
-from megatron_ext.planner.search import flags_of, search
+from megatron_ext.planner.command import CONFIGS, config_path, main
+from megatron_ext.planner.layouts import legal, sizes_of, verdicts
+from megatron_ext.planner.memory import all_stages, worst
+from megatron_ext.planner.search import flags_of, search, sharded
+from megatron_ext.planner.step_time import step
 from tests.costs import models
 
 QWEN = ["--config", "qwen3-30b-a3b"]
@@ -85,6 +89,63 @@ def test_the_best_layout_is_legal_and_fits():
         flags = [word for line in flags_of(one.sizes) for word in line.split()]
         parse([*base, "--use-distributed-optimizer", "--world-size", "16", *flags], {})
     assert search(cfg, 16, cluster, 1e6)[0] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "cluster"),
+    [("qwen3-30b-a3b.h100", 32, "dgx-h100"), ("mixtral-8x7b.h100", 64, "dgx-h100")],
+)
+def test_the_flags_of_a_search_are_the_layout_that_was_priced(name, world, cluster):
+    """Also where the file has a layout of its own: stages, chunks, recomputation."""
+    base = ["--config", config_path(name), "--world-size", str(world)]
+    cfg, sharding = sharded(parse([*base, "--print-config", "yaml"], {}))
+    where = load(cluster)
+    found, _ = search(cfg, world, where, where.memory_bytes, keep=8)
+    assert len(found) == 8
+    for one in found:
+        words = " ".join([*sharding, *flags_of(one.sizes, cfg)]).split()
+        read = parse([*base, *words, "--dry-run"], {})
+        assert read.ddp.use_distributed_optimizer
+        assert step(read, where).seconds == one.step.seconds
+        assert worst(all_stages(read, 1.0, where)) == one.memory
+
+
+def test_a_search_shards_the_optimizer_unless_told_otherwise():
+    base = [
+        "--config",
+        config_path("deepseek-v3"),
+        "--world-size",
+        "2048",
+        "--print-config",
+        "yaml",
+    ]
+    every = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+    for own, flags in (
+        ([], every),
+        (["--no-overlap-param-gather"], every[:2]),
+        (["--no-overlap-grad-reduce"], every[:1]),
+        (["--no-use-distributed-optimizer"], []),
+    ):
+        cfg, words = sharded(parse([*base, *own], {}))
+        assert words == flags
+        assert cfg.ddp.use_distributed_optimizer == bool(flags)
+
+
+def test_the_job_of_a_search_takes_flags_and_runs_train_sbatch(tmp_path, capsys):
+    where = ["--cluster", "dgx-h100", "--world-size", "64", "--sbatch", str(tmp_path / "job")]
+    said = _answer(capsys, "search", "--config", "mixtral-8x7b", *where)
+    text = (tmp_path / "job").read_text()
+    train = (CONFIGS.parent / "launch/slurm/train.sbatch").read_text()
+    for line in re.findall(r"^#SBATCH --(?:signal|requeue|exclusive|open-mode).*$", train, re.M):
+        assert line in text
+    assert "#SBATCH --nodes=8\n" in text and "#SBATCH --gpus-per-node=8\n" in text
+    last = text.splitlines()[-1]
+    start, rest = "exec bash launch/slurm/train.sbatch ", ' "$@"'
+    assert last.startswith(start) and last.endswith(rest)
+    words = shlex.split(last[len(start) : -len(rest)])
+    cfg = parse([*words, "--mock-data", "--world-size", "64", "--dry-run"], {})
+    assert str(sizes_of(cfg)) in said and cfg.ddp.use_distributed_optimizer
+    subprocess.run(["bash", "-n", tmp_path / "job"], check=True)
 
 
 @pytest.mark.parametrize(
