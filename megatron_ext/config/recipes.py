@@ -49,10 +49,13 @@ def _files(word: str, configs: Path) -> list[str]:
     is_file = path.exists() and not path.is_dir()  # a pipe, too: it is refused when it is read
     if is_file or path.suffix in SUFFIXES or len(path.parts) != 1:
         return [word]
-    model, dot, machine = word.lower().partition(".")
-    if not (configs / f"{model}.yaml").is_file():
-        raise ConfigError(f"--config {word}: no such file or recipe", do=_nearest(model, configs))
+    given, dot, machine = word.partition(".")
+    model = {name.lower(): name for name in models(configs)}.get(given.lower())
+    if model is None:
+        nearest = _nearest(given.lower(), configs)
+        raise ConfigError(f"--config {word}: no such file or recipe", do=nearest)
     file = str(configs / f"{model}.yaml")
+    machine = machine.lower()
     return [file, _layout(word, model, machine, configs)] if dot else [file]
 
 
