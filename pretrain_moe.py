@@ -46,7 +46,7 @@ def pretrain(cfg: RunConfig, stop: StopRequest) -> None:
             from megatron_ext.upcycle.run import load_upcycled
 
             cfg, where = load_upcycled(cfg, where)
-        with setup.watch(cfg, where), setup.checkpointer(cfg, where) as checkpointer:
+        with setup.watch(cfg, where), setup.checkpointer(cfg, where, tokenizer) as checkpointer:
             checkpointer.load(state)
             setup.leave_if_asked(stop, state.progress.step)
             with (

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
 from megatron_ext.checkpoint import complete, folder, rng, shards
-from megatron_ext.checkpoint.fingerprint import differences
+from megatron_ext.checkpoint.fingerprint import differences, shown
 from megatron_ext.checkpoint.hashes import Damaged
 from megatron_ext.checkpoint.manifest import Manifest
 from megatron_ext.checkpoint.nodes import Nodes
@@ -135,10 +135,11 @@ def check_same_run(saved: Mapping[str, Any], mine: ThisRun, path: Path) -> None:
     """The fingerprints agree where it matters. Raises Misfit that shows the differences."""
     changed = differences(saved, mine.fingerprint, mine.may_change)
     if changed:
-        shown = ", ".join(f"{name}: {values}" for name, values in changed.items())
+        listed = ", ".join(f"{shown(name)} {values}" for name, values in changed.items())
+        accept = ",".join(shown(name).removeprefix("--") for name in changed)
         raise Misfit(
-            f"this run differs from the one that wrote the checkpoint: {shown}"[:1500],
-            do=f"use its flags, or --accept-change {','.join(changed)} if that is meant,"
+            f"this run differs from the one that wrote the checkpoint: {listed}"[:1500],
+            do=f"use its flags, or --accept-change {accept} if that is meant,"
             " or --finetune to start anew from its weights",
             path=path,
         )

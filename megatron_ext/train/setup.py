@@ -130,9 +130,9 @@ def train_state(chunks: Sequence[nn.Module], optimizer, scheduler) -> TrainState
 
 
 @contextlib.contextmanager
-def checkpointer(cfg: RunConfig, where: RunDirectory) -> Iterator[Checkpointer]:
+def checkpointer(cfg: RunConfig, where: RunDirectory, words: Tokenizer) -> Iterator[Checkpointer]:
     """Saves into and loads from the run's folders; what is in flight is finished on the way out."""
-    info = {"config": cfg.to_yaml(), "fingerprint": fingerprint(cfg)}
+    info = {"config": cfg.to_yaml(), "fingerprint": fingerprint(cfg, words.vocab_size)}
     free = free_to_change(cfg)
     made = Checkpointer(cfg.checkpoint, where.save, where.load, run_info=info, may_change=free)
     try:

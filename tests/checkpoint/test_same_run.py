@@ -6,36 +6,40 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 
 import numpy as np
 import pytest
 
 from data.indexed import write_pair
+from megatron_ext.checkpoint.fingerprint import (
+    MAY_CHANGE,
+    SECTIONS,
+    differences,
+    fingerprint,
+    names,
+    shown,
+)
+from megatron_ext.checkpoint.reader import StoredTensors
+from megatron_ext.config import parse
+from megatron_ext.config.flags import members
+from megatron_ext.config.recipes import machines, models
 from tests.checkpoint.test_layouts import LAYOUTS, PAIRS
 from tests.ranks.fingerprint import history
 from tests.ranks.harness import next_port, run_ranks
 from tests.ranks.tiny import TINY, pretrain
 
 CHANGES = {
-    "data blend": "--data-path 0.3 {a} 0.7 {b}",
+    "data-path": "--data-path 0.3 {a} 0.7 {b}",
     "split": "--split 80,20,0",
-    "seq_length": "--seq-length 32 --max-position-embeddings 32",
-    "tokenizer_type": "--tokenizer-type GPT2BPETokenizer --vocab-file {v} --merge-file {m}",
-    "seed": "--seed 77",
-    "num_moe_experts": "--num-experts 4",
-    "moe_router_topk": "--moe-router-topk 4",
-    "lr": "--lr 2e-3",
-    "lr_decay_style": "--lr-decay-style linear",
-    "global_batch_size": "--global-batch-size 4",
-    "hidden_size": "--hidden-size 96",
-    "num_layers": "--num-layers 2",
-    "vocab_size": "--vocab-size 252",
-    "moe_aux_loss_coeff": "--moe-aux-loss-coeff 0.02",
-    "moe_router_load_balancing_type": "--moe-router-load-balancing-type seq_aux_loss",
-    "clip_grad": "--clip-grad 0.5",
+    "seq-length": "--seq-length 32 --max-position-embeddings 32",
+    "tokenizer-type": "--tokenizer-type GPT2BPETokenizer --vocab-file {v} --merge-file {m}",
+    "num-experts": "--num-experts 4",
+    "vocab-size": "--vocab-size 252",
+    "moe-router-pre-softmax": "--moe-router-pre-softmax",
 }
-SHOWN_AS = {"data blend": "data_path"}
+"""Through a whole program; the others of this kind are compared without one, below."""
 HARMLESS = "--micro-batch-size 4 --eval-interval 7 --log-interval 3"
 
 
@@ -98,12 +102,81 @@ def test_a_change_of_the_run_is_refused_at_the_load(name, outcomes):
     assert code == 64, text
     (line,) = [line for line in text.splitlines() if line.startswith("FATAL")]
     assert "differs from the one that wrote the checkpoint" in line
-    assert f"{SHOWN_AS.get(name, name)}: " in line and "--accept-change" in line
+    assert re.search(rf"--{name} \S.* -> \S", line)
+    assert name in line.partition("--accept-change ")[2].split()[0].split(",")
 
 
 def test_what_does_not_change_the_run_is_not_refused(outcomes):
     code, text = outcomes[""]
     assert code == 0, text
+
+
+SMALL = """
+--seed 77; --hidden-size 96; --num-layers 2; --moe-router-topk 4; --lr 2e-3; --clip-grad 0.5
+--lr-decay-style linear; --global-batch-size 4; --moe-aux-loss-coeff 0.02
+--moe-router-load-balancing-type seq_aux_loss; --moe-expert-capacity-factor 0.5
+--moe-input-jitter-eps 0.1; --moe-router-topk-scaling-factor 2.5
+--moe-router-num-groups 2 --moe-router-group-topk 1; --moe-router-dtype fp64; --rotary-percent 0.5
+--use-rope-scaling; --window-size 16,0; --norm-epsilon 1e-3; --moe-router-score-function sigmoid
+--moe-global-aux-scale megatron; --moe-capacity-scope shard; --squared-relu --no-swiglu
+--qk-layernorm; --calculate-per-token-loss; --attention-softmax-in-fp32; --softmax-scale 0.2
+--mtp-num-layers 1; --adam-beta2 0.95; --decoupled-lr 1e-4; --lr-warmup-iters 1
+--fp16-lm-cross-entropy; --no-disable-bias-linear; --rampup-batch-size 4 4 16
+"""
+
+
+@pytest.mark.parametrize("words", re.split("; |\n", SMALL.strip()))
+def test_each_flag_of_the_model_and_its_training_is_compared(words):
+    """13.A4: ten of twenty-five passed silently while the fingerprint listed what counts."""
+    saved = json.loads(json.dumps(fingerprint(_read(""))))
+    changed = differences(saved, fingerprint(_read(words)), ())
+    spelled = re.findall(r"--(\S+)", words)
+    named = {name for name in map(shown, changed)}
+    dests = {name for name in spelled if names(name) & set(changed)}
+    assert dests, (words, named)
+    assert not differences(saved, fingerprint(_read(words)), names(",".join(named)))
+
+
+def _read(words: str, world: int = 1):
+    check = ["--world-size", str(world), "--print-config", "yaml"]
+    return parse([*TINY, *words.split(), *check], {})
+
+
+def test_what_may_change_are_flags_that_exist_and_stand_once():
+    listed = [name for group in MAY_CHANGE.values() for name in group.split()]
+    assert len(listed) == len(set(listed))
+    assert set(listed) <= {m.dest for section in SECTIONS for m in members()[section]}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_is_no_other_run(name):
+    world, words = LAYOUTS[name]
+    one = "--bf16" if "--bf16" in words else ""
+    assert differences(fingerprint(_read(one)), fingerprint(_read(words, world)), ()) == {}
+
+
+def test_a_tokenizer_of_another_size_is_another_run(tmp_path):
+    """It may be smaller than the model's tables, which have the size of --vocab-size then."""
+    flags = [*TINY, "--run-dir", str(tmp_path), "--exit-interval", "1"]
+    ((code, text),) = run_ranks(_train_in_turn, 1, [flags], timeout_s=100)[0]
+    assert code == 0, text
+    saved = StoredTensors(tmp_path / "checkpoints/step_00000001").record["run"]["fingerprint"]
+    cfg = _read("")
+    assert differences(saved, fingerprint(cfg, 251), ()) == {}
+    changed = differences(saved, fingerprint(cfg, 200), ())
+    assert {shown(name): values for name, values in changed.items()} == {
+        "--tokenizer-vocab-size": "251 -> 200"
+    }
+
+
+@pytest.mark.parametrize("model", [name for name in models() if machines(name)])
+def test_a_recipe_is_the_same_run_on_every_machine(model):
+    def of(name):
+        return fingerprint(parse(["--config", name, "--print-config", "yaml"], {}))
+
+    whole = of(model)
+    for machine in machines(model):
+        assert differences(whole, of(f"{model}.{machine}"), ()) == {}
 
 
 def _commands(base, folder, world):
