@@ -23,18 +23,18 @@ def pretrain(cfg: RunConfig, stop: StopRequest) -> None:
 
         parallel = cfg.parallel
         device = start(parallel.device, parallel.distributed_backend, parallel.cpu_kernels)
-
         from megatron_ext.kernels.choose import check_kernels
         from megatron_ext.mesh.agree import agree
-        from megatron_ext.mesh.groups import process_groups
         from megatron_ext.model.gpt import build_chunks, vocabulary, wrap_for_training
         from megatron_ext.optim.build import build_optimizer, build_scheduler
-        from megatron_ext.train import setup
+        from megatron_ext.train import run_folder, setup
         from megatron_ext.train.loop import Run, evaluate_at_end, train
 
     check_kernels(cfg, device.kind)
-    with process_groups(parallel, device, cfg.train.seed, setup.context_levels(cfg)):
-        cfg, where = setup.run_directory(cfg)
+    with setup.groups(cfg, device), run_folder.held(cfg) as held:
+        cfg, where = held.cfg, held.where
+        if run_folder.is_complete(held):
+            return
         tokenizer = agree(lambda: setup.tokenizer(cfg))
         words = vocabulary(cfg, tokenizer.vocab_size)
         splits = setup.datasets(cfg, tokenizer)
@@ -46,19 +46,20 @@ def pretrain(cfg: RunConfig, stop: StopRequest) -> None:
             from megatron_ext.upcycle.run import load_upcycled
 
             cfg, where = load_upcycled(cfg, where)
-        with setup.watch(cfg, where), setup.checkpointer(cfg, where, tokenizer) as checkpointer:
-            checkpointer.load(state)
+        with setup.watch(cfg, where), setup.checkpointer(cfg, where, held, tokenizer) as saver:
+            run_folder.load(held, saver, state)
             setup.leave_if_asked(stop, state.progress.step)
             with (
-                setup.observers(cfg, where, state) as observers,
-                setup.instruments(cfg, where, state, checkpointer) as instruments,
+                setup.observers(cfg, where, held, state) as observers,
+                setup.instruments(cfg, where, state, saver) as instruments,
             ):
                 measures = setup.measures(cfg, tokenizer, words)
-                run = Run(cfg, state, splits, checkpointer, observers, instruments, *measures)
-                setup.announce(run, device, words, where)
+                run = Run(cfg, state, splits, saver, observers, instruments, *measures)
+                setup.announce(run, device, words, held)
                 if not cfg.train.eval_only:
                     observers.say(f"stopped: {train(run, stop)}")
                 evaluate_at_end(run, stop)
+                run_folder.finished(held, state.progress.step)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,9 +75,10 @@ def main(argv: list[str] | None = None) -> None:
             if cfg.broken:
                 raise ConfigError(violations=cfg.broken)
         elif cfg.action == "dry-run":
+            from megatron_ext.checkpoint.starting import plan
             from megatron_ext.costs.dryrun import dry_run
 
-            print(dry_run(cfg))
+            print(dry_run(cfg), plan(cfg).told(cfg), sep="\n")
         else:
             die_with_parent()
             check_limits()

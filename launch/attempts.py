@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from launch.ranks import FORWARDED, Failure, Ranks
 from launch.reason import Reason, newest_checkpoint
 from launch.restarts import Budget
 from launch.words import Options
+from megatron_ext.checkpoint.identity import LAUNCH
+from megatron_ext.checkpoint.starting import folders
 from megatron_ext.errors import (
     EXIT_REASON,
     INTERNAL_BUG,
@@ -85,8 +88,7 @@ class Launch:
     def __init__(self, cfg: Any, options: Options, flags: list[str], program: Path) -> None:
         self._options, self._flags, self._program = options, flags, program
         self._device = cfg.parallel.device
-        self._run = Path(cfg.observe.run_dir)
-        self._save = Path(cfg.checkpoint.save or self._run / "checkpoints")
+        self._run, self._save = folders(cfg)
         self._has_saves = bool(cfg.checkpoint.save_interval)
         self._hang_limit_s = cfg.resilience.hang_limit_s
         self._ranks = Ranks(self._failed)
@@ -100,6 +102,7 @@ class Launch:
         for number in (*FORWARDED, signal.SIGALRM):
             signal.signal(number, self._on_signal)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault(LAUNCH, self._name())
         if not self._options.srun and not self._options.cold and warm.can_fork(self._device):
             self._is_warm = warm.load()
         budget = Budget(self._options.restarts)
@@ -117,13 +120,21 @@ class Launch:
             say(f"not started again: {refusal}")
         return code
 
+    def _name(self) -> str:
+        """One for all attempts and machines of this launch, no other launch that lives has it: only
+        one has the endpoint.
+        """
+        if self._options.endpoint is not None:
+            return "_".join(map(str, self._options.endpoint)).replace("/", "_")
+        return f"{socket.gethostname()}_{os.getpid()}_{time.time_ns() // 1_000_000}"
+
     def _attempt(self, attempt: int) -> tuple[int, int | None]:
         """(exit code, step of the failure) of one start of all ranks."""
         if self._asked:
             raise Preempted(f"{self._asked.name} came before the ranks started", do="start again")
         is_owner = EXIT_REASON not in os.environ  # else a launcher above reads and publishes it
         name = os.environ.get(ATTEMPT, str(attempt))
-        self._reason = Reason(self._run, name)
+        self._reason = Reason(self._run, name, os.environ[LAUNCH])
         if is_owner:
             self._reason.prepare()
         else:
@@ -147,9 +158,7 @@ class Launch:
     def _outside(self) -> Outside:
         """Who looks at the ranks of this machine while they run."""
         logs, limit_s = self._run / "logs", self._hang_limit_s
-        return Outside(
-            logs, limit_s, self._options.world_size, self._reason.path, self._ranks.pids
-        )
+        return Outside(logs, limit_s, self._options.world_size, self._reason.path, self._ranks.pids)
 
     def _code(self, first: Failure, reason: Mapping[str, Any]) -> int:
         """A rank's own word counts, but not the errors of those that a killed rank left behind."""

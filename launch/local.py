@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))  # this file is started by its path, from any fold
 
 from launch.attempts import Launch  # noqa: E402
 from launch.words import USAGE, Options, WordsError, asks_for_help, read_words  # noqa: E402
+from megatron_ext.checkpoint.starting import plan  # noqa: E402
 from megatron_ext.config import parse  # noqa: E402
 from megatron_ext.costs.dryrun import dry_run  # noqa: E402
 from megatron_ext.errors import ConfigError, exit_on_fatal  # noqa: E402
@@ -66,6 +67,10 @@ def main(argv: list[str]) -> int:
         if cfg.scaled and not several:
             options = replace(options, num_ranks=cfg.parallel.world_size)
         dry_run(cfg)
+        start = plan(cfg)
+        if start.is_complete:
+            print(start.told(cfg))
+            return 0
         check_limits()
         return Launch(cfg, options, flags, PROGRAM).run()
 

@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_ext.checkpoint import identity
 from megatron_ext.errors import read_exit_reason, write_exit_reason
 
 
@@ -37,22 +38,25 @@ def newest_checkpoint(save: Path) -> int:
 
 
 class Reason:
-    """exit_reason.json of one attempt: RUN/logs/exit_reason.attempt_N.json until the launch ends,
-    then also RUN/exit_reason.json.
+    """Why one attempt ended: RUN/logs/exit_reason.LAUNCH.attempt_N.json until the launch ends, then
+    RUN/exit_reason.json, if this launch held the folder. Another launch into the same folder, which
+    is refused, shares no file with it and leaves none.
     """
 
-    def __init__(self, run: Path, attempt: str) -> None:
-        self._run = run
-        self.path = run / "logs" / f"exit_reason.attempt_{attempt}.json"
+    def __init__(self, run: Path, attempt: str, launch: str) -> None:
+        self._run, self._launch = run, launch
+        self.path = run / "logs" / f"exit_reason.{launch}.attempt_{attempt}.json"
 
     def prepare(self) -> None:
-        """Make the folder and forget the reasons of an earlier launch; a folder that cannot be made
-        is the program's to report.
-        """
+        """Make the folder; one that cannot be made is the program's to report."""
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)
-            (self._run / "exit_reason.json").unlink(missing_ok=True)
+
+    def holds(self) -> bool:
+        """Whether the ranks of this launch have got the run's folder."""
+        found = identity.read(self._run)
+        return found is not None and found.launch == self._launch
 
     def read(self) -> dict | None:
         """What the first failing rank wrote."""
@@ -60,14 +64,17 @@ class Reason:
 
     def write(self, code: int, rank: int | None, pid: int, what: str) -> None:
         """For a rank that could not say it: killed, or gone without a word."""
-        step = last_step(self._run)
+        step = last_step(self._run) if self.holds() else None
         reason = {"code": code, "rank": rank, "step": None if step is None else step + 1}
         where = {"time": time.time(), "host": socket.gethostname(), "pid": pid}
         write_exit_reason({**reason, "what": what, "path": None, "do": "", **where}, self.path)
 
     def publish(self) -> None:
-        """Leave it as RUN/exit_reason.json."""
-        temporary = self._run / f"exit_reason.json.{os.getpid()}"
+        """Leave it as RUN/exit_reason.json; nothing where the folder is another run's."""
         with suppress(OSError):
-            shutil.copyfile(self.path, temporary)
-            os.replace(temporary, self._run / "exit_reason.json")
+            if self.holds():
+                temporary = self._run / f"exit_reason.json.{os.getpid()}"
+                shutil.copyfile(self.path, temporary)
+                os.replace(temporary, self._run / "exit_reason.json")
+            else:
+                self.path.unlink()

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_ext.checkpoint.manifest import MANIFEST
+from megatron_ext.checkpoint.record import MANIFEST
 from megatron_ext.errors import DiskError
 
 T = TypeVar("T")

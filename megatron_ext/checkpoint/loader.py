@@ -29,6 +29,7 @@ from megatron_ext.checkpoint.hashes import Damaged
 from megatron_ext.checkpoint.manifest import Manifest
 from megatron_ext.checkpoint.nodes import Nodes
 from megatron_ext.checkpoint.reader import StoredTensors, check_share, object_of
+from megatron_ext.checkpoint.record import read_record
 from megatron_ext.checkpoint.spots import OBJECT_PREFIX
 from megatron_ext.checkpoint.spread import SpreadTensors, open_spread
 from megatron_ext.checkpoint.state import (
@@ -129,6 +130,7 @@ class ThisRun:
 
     fingerprint: Mapping[str, Any]
     may_change: Collection[str]
+    id: str | None = None
 
 
 def check_same_run(saved: Mapping[str, Any], mine: ThisRun, path: Path) -> None:
@@ -250,6 +252,22 @@ def load(
     return record
 
 
+def _is_of_another_run(entry: Found, run: ThisRun | None, nodes: Nodes | None) -> bool:
+    """A step that lies in the run's own folders and was saved by another one. Collective: whose
+    node has it looks.
+    """
+    if run is None or run.id is None:
+        return False
+    looks = torch.distributed.get_rank() == 0 or (nodes is not None and nodes.is_leader)
+    record = read_record(entry.path) if looks else None
+    is_other = record is not None and record["run"].get("id") not in (None, run.id)
+    flags: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(flags, is_other)
+    if is_other and torch.distributed.get_rank() == flags.index(True):
+        _log.warning("%s was saved by another run: passed over", entry.path)
+    return any(flags)
+
+
 def candidates(
     cfg: Any, load_from: Path, own: Path | None, tiers: Mapping[Path, list[int]]
 ) -> list[Found]:
@@ -315,7 +333,11 @@ def load_newest(
     found = [f if f.fast is None else replace(f, directory=here[f.fast]) for f in found]
     if found and torch.distributed.get_rank() == 0:
         _warn_of_owner(found)
+    is_own = own is not None and own.resolve() == load_from.resolve()
+    failure = None
     for entry, fallback in zip(found, [*found[1:], None]):
+        if is_own and _is_of_another_run(entry, run, nodes):
+            continue
         try:
             load(
                 entry.path,
@@ -330,11 +352,14 @@ def load_newest(
         except (DataError, FailedElsewhere) as error:
             if error.code != DataError.code:
                 raise
+            failure = error
             if fallback is None:
-                raise
+                break
             if not isinstance(error, FailedElsewhere):  # on the rank that found it
                 _log.warning("%s; falling back to step %d", error, fallback.step)
             _set_aside(error, entry, quarantine)
+    if failure is not None:
+        raise failure
     return None
 
 

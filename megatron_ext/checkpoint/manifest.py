@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint.hashes import Damaged, FileHash, text_hash
+from megatron_ext.checkpoint.record import MANIFEST
 from megatron_ext.checkpoint.spots import Spot, check_whole
 from megatron_ext.checkpoint.tensor_file import DTYPES, TORCH_DTYPES
 from megatron_ext.errors import DataError
 
-MANIFEST = "manifest.json"
 OLD_RECORD = "state.json"
 FORMAT, VERSION = "pretrain_moe", 2
 SIZE_LIMIT = 512 << 20

@@ -23,9 +23,10 @@ import torch
 
 from megatron_ext.checkpoint import folder, loader, tensor_file
 from megatron_ext.checkpoint import state as parts
+from megatron_ext.checkpoint.aside import abandon_later
 from megatron_ext.checkpoint.fingerprint import names
 from megatron_ext.checkpoint.ledger import Ledger
-from megatron_ext.checkpoint.lock import Lease
+from megatron_ext.checkpoint.lock import Leases
 from megatron_ext.checkpoint.neighbour import SpreadSave
 from megatron_ext.checkpoint.nodes import (
     nodes_of_launch,
@@ -60,8 +61,10 @@ class Checkpointer:
         directory: where to save; None for a run that never saves (no lease is taken).
         load_from: where to look for a checkpoint; None: start fresh.
         run_info: plain JSON about the run (config, versions), kept in each checkpoint;
-            "fingerprint" in it is compared when a run resumes.
+            "fingerprint" in it is compared when a run resumes; no step of the run's own folder is
+            loaded that has another "id".
         may_change: flags in which the fingerprint may differ, beside --accept-change.
+        leases: on rank 0, of the folders that the run holds already; None: one is taken here.
 
     Raises LockedError (73) when another run saves there, DiskError (74) when the folder cannot be
     written.
@@ -75,13 +78,15 @@ class Checkpointer:
         *,
         run_info: dict[str, Any],
         may_change: Collection[str] = (),
+        leases: Leases | None = None,
     ) -> None:
         self.cfg = cfg
         self.directory = None if directory is None else Path(directory)
         self.load_from = None if load_from is None else Path(load_from)
         self.run_info = run_info
         may_change = frozenset(may_change) | names(cfg.accept_change)
-        self._this_run = loader.ThisRun(run_info.get("fingerprint") or {}, may_change)
+        prints = run_info.get("fingerprint") or {}
+        self._this_run = loader.ThisRun(prints, may_change, run_info.get("id"))
         self.last_error: Fatal | None = None
         self.tiers = [] if self.directory is None else tiers_of(cfg, self.directory)
         self._planner = Planner(share_replicas=cfg.ckpt_fully_parallel_save)
@@ -91,7 +96,7 @@ class Checkpointer:
         self._num_failed = 0
         self._loaded: loader.Found | None = None
         self._course: int | None = -1  # the first save deletes steps of fast tiers after it
-        self._lease: Lease | None = None
+        self._leases, self._takes_lease = leases, leases is None
         self._is_first = torch.distributed.get_rank() == 0
         self._group = torch.distributed.new_group(backend="gloo")
         self._fast = [tier.directory for tier in self.tiers if tier.name != STORE]
@@ -101,9 +106,10 @@ class Checkpointer:
         self._spread = open_tiers(self.tiers, self._nodes) if self._fast else frozenset()
 
     def _open_directory(self) -> None:
-        lease = Lease(self.directory)
-        lease.take()
-        self._lease = lease
+        if self._takes_lease:
+            leases = Leases([self.directory])
+            leases.take()
+            self._leases = leases
         left = folder.on_disk(self.directory, lambda: folder.remove_unfinished(self.directory))
         for name in (name for name in left if ".reports" not in name):
             _log.warning("removed an unfinished checkpoint: %s", self.directory / name)
@@ -171,7 +177,7 @@ class Checkpointer:
             num_bytes=total,
             record=record,
             by_rank=self._planner.by_rank,
-            check_lease=self._lease.check if self._lease else lambda: None,
+            check_lease=self._leases.check if self._leases else lambda: None,
             prune=lambda newest: self._prune(tier, newest),
         )
         lasting = parts.lasting_storages(state.chunks)
@@ -191,7 +197,7 @@ class Checkpointer:
 
     def _request(self, step: int, tier: Tier) -> str:
         """Rank 0: the ledger's line and the name of this save."""
-        self._lease.check()
+        self._leases.check()
         made = tier.directory.mkdir
         folder.on_disk(tier.directory, lambda: made(parents=True, exist_ok=True, mode=0o700))
         ledger = Ledger(tier.directory)
@@ -331,9 +337,9 @@ class Checkpointer:
             for save in self._saves:
                 save.give_up()
             self._saves = []
-            if self._lease is not None:
-                self._lease.release()
-                self._lease = None
+            if self._leases is not None and self._takes_lease:
+                self._leases.release()
+            self._leases = None
         if self.last_error is not None and not is_failing:
             error, self.last_error = self.last_error, None
             raise error
@@ -365,14 +371,19 @@ class Checkpointer:
         if self._loaded is not None:
             self._course = self._loaded.step if self._is_own(self.load_from) else -1
             return True
-        if self._is_first and own is not None and folder.steps(own):
-            _log.warning(
-                "%s holds checkpoints up to step %d of another run; this one starts at step 0"
-                " and replaces equal steps (--load continues a run)",
-                own,
-                folder.steps(own)[0],
-            )
         return False
+
+    def abandon_later(self, step: int) -> None:
+        """The run went back to `step`: later steps of its own folders are no candidates any more.
+        Raises DiskError. Collective.
+        """
+
+        own = self.directory
+        gone = first_rank(lambda: folder.on_disk(own, lambda: abandon_later(own, step)))
+        if gone and self._is_first:
+            _log.warning("went back to step %d: later steps were set aside: %s", step, gone)
+        if self._fast:
+            remove_later(self._fast, step, self._nodes)
 
     def _is_own(self, path: Path | None) -> bool:
         own = self.directory

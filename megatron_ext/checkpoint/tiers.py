@@ -13,7 +13,7 @@ next node. On several nodes memory and local hold the files of a node and of the
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import xxhash
 
 from megatron_ext.checkpoint import folder
+from megatron_ext.checkpoint.record import read_record
 from megatron_ext.errors import ConfigError
 
 STORE = "store"
@@ -67,9 +68,16 @@ def tiers_of(cfg: Any, store: Path) -> list[Tier]:
     return [*found, Tier(STORE, store, cfg.save_interval, cfg.keep_last, cfg.keep_every)]
 
 
-def has_fast_step(cfg: Any, store: Path) -> bool:
-    """Whether this node holds a step of this run's memory or local tier."""
-    return any(folder.steps(t.directory) for t in tiers_of(cfg, store) if t.name != STORE)
+def has_fast_step(cfg: Any, store: Path, is_own: Callable[[Mapping[str, Any]], bool]) -> bool:
+    """Whether this node holds a step of this run in its memory or local tier; `is_own` says it of a
+    checkpoint's record.
+    """
+    for tier in tiers_of(cfg, store):
+        for step in folder.steps(tier.directory) if tier.name != STORE else ():
+            record = read_record(tier.directory / folder.step_name(step))
+            if record is not None and is_own(record["run"]):
+                return True
+    return False
 
 
 def due(tiers: Iterable[Tier], step: int) -> str | None:

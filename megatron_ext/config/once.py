@@ -15,6 +15,7 @@ from megatron_ext.config.argv import Setting
 ONCE: dict[str, str] = {
     "eval_only": "evaluates what is there; the run it belongs to trains",
     "skip_train": "the same by its old name",
+    "overwrite_run": "the old run is moved aside",
 }
 """dest -> why the next start does not take it from config.yaml."""
 

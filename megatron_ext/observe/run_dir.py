@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +47,6 @@ def places(cfg: RunConfig, root: str) -> RunDirectory:
     )
 
 
-def has_checkpoint(save: Path) -> bool:
-    """True where a finished checkpoint lies in the folder; whether it is whole, its loader says."""
-    return any(re.fullmatch(r"step_\d{8,}", path.name) for path in save.glob("step_*"))
-
-
 def create(cfg: RunConfig, where: RunDirectory) -> None:
     """Make the folders and write config.yaml (rank 0). Raises DiskError where the run's folder or
     that of its checkpoints cannot be written; for logs and TensorBoard, whoever writes there warns.
@@ -74,16 +68,21 @@ def create(cfg: RunConfig, where: RunDirectory) -> None:
         ) from error
 
 
+def warn_on_console(rank: int) -> None:
+    """Show our own warnings to the user, on whichever rank they come up."""
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    console.setFormatter(logging.Formatter(f"%(levelname)s rank={rank} %(message)s"))
+    logging.getLogger("megatron_ext").handlers = [console]
+
+
 def log_to_file(where: RunDirectory, rank: int, level: int | None) -> None:
     """Send this rank's log records and Python warnings to logs/rank_NNNNN.log instead of the
     console.
     """
     handler = PatientFileHandler(where.root / "logs" / f"rank_{rank:05d}.log", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s level=%(levelname)s %(name)s: %(message)s"))
-    console = logging.StreamHandler()  # our own warnings are for the user, on whichever rank
-    console.setLevel(logging.WARNING)
-    console.setFormatter(logging.Formatter(f"%(levelname)s rank={rank} %(message)s"))
-    logging.getLogger("megatron_ext").handlers = [console]
+    warn_on_console(rank)
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO if level is None else level)

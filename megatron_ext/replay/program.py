@@ -18,7 +18,6 @@ from megatron_ext.config import RunConfig
 from megatron_ext.device import Device
 from megatron_ext.errors import DataError, Fatal, NumericError
 from megatron_ext.mesh.agree import agree, first_rank
-from megatron_ext.mesh.groups import process_groups
 from megatron_ext.model.gpt import build_chunks, vocabulary, wrap_for_training
 from megatron_ext.observe import run_dir
 from megatron_ext.optim.build import build_optimizer, build_scheduler
@@ -107,7 +106,7 @@ def load_before(cfg: RunConfig, state: Any, asked: Asked) -> str:
 @contextlib.contextmanager
 def _prepared(cfg: RunConfig, asked: Asked, device: Device) -> Iterator[tuple[Run, str, Any]]:
     """(the run at its checkpoint, that checkpoint, its tokenizer)."""
-    with process_groups(cfg.parallel, device, cfg.train.seed, setup.context_levels(cfg)):
+    with setup.groups(cfg, device):
         where = run_dir.places(cfg, str(asked.scratch))
         (asked.scratch / "logs").mkdir(exist_ok=True)
         run_dir.log_to_file(where, torch.distributed.get_rank(), cfg.observe.logging_level)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -15,19 +13,15 @@ from torch import nn
 from data import Splits, Tokenizer, build_tokenizer, open_datasets
 from megatron_ext.checkpoint import Checkpointer, Progress, TrainState
 from megatron_ext.checkpoint.fingerprint import fingerprint, free_to_change
-from megatron_ext.checkpoint.tiers import has_fast_step
 from megatron_ext.config import RunConfig
-from megatron_ext.config.once import OF_A_LOAD
 from megatron_ext.costs.dryrun import loss_lines
 from megatron_ext.costs.flops import model_flops_per_token
 from megatron_ext.device import Device, current_device
-from megatron_ext.errors import EXIT_REASON
-from megatron_ext.mesh.agree import agree, first_rank
-from megatron_ext.mesh.attempt import is_restart
+from megatron_ext.mesh.agree import agree
 from megatron_ext.mesh.grid import format_grid
+from megatron_ext.mesh.groups import process_groups
 from megatron_ext.mesh.layout import layout_of
 from megatron_ext.model.gpt import Vocabulary
-from megatron_ext.observe import run_dir
 from megatron_ext.observe.instruments import Instruments
 from megatron_ext.observe.instruments import instruments as measuring
 from megatron_ext.observe.observers import Observers
@@ -35,43 +29,15 @@ from megatron_ext.observe.run_dir import RunDirectory
 from megatron_ext.resilience.watch import entering, watching
 from megatron_ext.train.evaluate import bytes_per_token
 from megatron_ext.train.loop import Run, num_samples, total_steps
+from megatron_ext.train.run_folder import Held
 from megatron_ext.train.step import sum_over_ranks
 from megatron_ext.train.stop import StopRequest
+
+_log = logging.getLogger(__name__)
 
 
 def _is_first() -> bool:
     return torch.distributed.get_rank() == 0
-
-
-def run_directory(cfg: RunConfig) -> tuple[RunConfig, RunDirectory]:
-    """Create the run's folder (rank 0; its name is everybody's), send each rank's log records to
-    its file there, and name the checkpoint to go on from: see `resumed`.
-    """
-
-    def make() -> str:
-        where = run_dir.places(cfg, cfg.observe.run_dir)
-        run_dir.create(cfg, where)
-        old_reason = where.root / "exit_reason.json"
-        if EXIT_REASON not in os.environ:
-            old_reason.unlink(missing_ok=True)
-        return cfg.observe.run_dir
-
-    name = first_rank(make)
-    own = run_dir.places(cfg, name).save
-    has_own = run_dir.has_checkpoint(own) or has_fast_step(cfg.checkpoint, own)
-    if sum_over_ranks([], float(is_restart() and has_own))[-1] > 0:
-        cfg = resumed(cfg, own)
-    where = run_dir.places(cfg, name)
-    os.environ.setdefault(EXIT_REASON, str(where.root / "exit_reason.json"))
-    run_dir.log_to_file(where, torch.distributed.get_rank(), cfg.observe.logging_level)
-    return cfg, where
-
-
-def resumed(cfg: RunConfig, own: Path) -> RunConfig:
-    """The config of a run that is started again and goes on from its `own` newest checkpoint,
-    whatever it was loaded from at first.
-    """
-    return replace(cfg, checkpoint=replace(cfg.checkpoint, load=str(own), **OF_A_LOAD))
 
 
 def leave_if_asked(stop: StopRequest, step: int = 0) -> None:
@@ -82,12 +48,14 @@ def leave_if_asked(stop: StopRequest, step: int = 0) -> None:
         raise stop.preempted("before the first step", step, "nothing new to save")
 
 
-def context_levels(cfg: RunConfig) -> list[int] | None:
-    """--hierarchical-context-parallel-sizes where Transformer Engine's attention needs groups for
-    them (megatron-core wants einops then); local attention exchanges over one group.
+def groups(cfg: RunConfig, device: Device) -> AbstractContextManager[None]:
+    """The process groups of this launch. --hierarchical-context-parallel-sizes counts where
+    Transformer Engine's attention needs groups for it (megatron-core wants einops then); local
+    attention exchanges over one group.
     """
     use_te = cfg.model.transformer_impl == "transformer_engine"
-    return cfg.transformer.hierarchical_context_parallel_sizes if use_te else None
+    levels = cfg.transformer.hierarchical_context_parallel_sizes if use_te else None
+    return process_groups(cfg.parallel, device, cfg.train.seed, levels)
 
 
 def tokenizer(cfg: RunConfig) -> Tokenizer:
@@ -130,11 +98,16 @@ def train_state(chunks: Sequence[nn.Module], optimizer, scheduler) -> TrainState
 
 
 @contextlib.contextmanager
-def checkpointer(cfg: RunConfig, where: RunDirectory, words: Tokenizer) -> Iterator[Checkpointer]:
+def checkpointer(
+    cfg: RunConfig, where: RunDirectory, held: Held, words: Tokenizer
+) -> Iterator[Checkpointer]:
     """Saves into and loads from the run's folders; what is in flight is finished on the way out."""
+    run, free = held.start.identity, free_to_change(cfg)
     info = {"config": cfg.to_yaml(), "fingerprint": fingerprint(cfg, words.vocab_size)}
-    free = free_to_change(cfg)
-    made = Checkpointer(cfg.checkpoint, where.save, where.load, run_info=info, may_change=free)
+    info |= {"id": run.id, "origins": list(run.origins)}
+    made = Checkpointer(
+        cfg.checkpoint, where.save, where.load, run_info=info, may_change=free, leases=held.leases
+    )
     try:
         yield made
     finally:
@@ -150,7 +123,7 @@ def watch(cfg: RunConfig, where: RunDirectory) -> Iterator[None]:
     stages = [layout.coordinates(rank)["pp"] for rank in ranks]
     limit_s, timeout_s = cfg.resilience.hang_limit_s, 60 * cfg.parallel.distributed_timeout_minutes
     if _is_first() and limit_s >= timeout_s:
-        logging.getLogger(__name__).warning(
+        _log.warning(
             "--hang-limit-s %g is not below --distributed-timeout-minutes (%g s): a hang may end as"
             " a collective that times out and names nobody",
             limit_s,
@@ -162,12 +135,17 @@ def watch(cfg: RunConfig, where: RunDirectory) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def observers(cfg: RunConfig, where: RunDirectory, state: TrainState) -> Iterator[Observers]:
-    """The console, metrics.jsonl and TensorBoard of rank 0."""
+def observers(
+    cfg: RunConfig, where: RunDirectory, held: Held, state: TrainState
+) -> Iterator[Observers]:
+    """The console, metrics.jsonl and TensorBoard of rank 0; an evaluation of an older step cuts no
+    record after it.
+    """
+    step = state.progress.step
     made = Observers(
         cfg,
         where,
-        first_step=state.progress.step,
+        first_step=max(step, held.start.step or 0) if cfg.train.eval_only else step,
         num_steps=total_steps(cfg.train),
         is_active=_is_first(),
     )
@@ -191,9 +169,9 @@ def measures(cfg: RunConfig, words: Tokenizer, vocabulary: Vocabulary):
     return bytes_per_token(words), model_flops_per_token(cfg, vocabulary.size)
 
 
-def announce(run: Run, device: Device, vocabulary: Vocabulary, where: RunDirectory) -> None:
+def announce(run: Run, device: Device, vocabulary: Vocabulary, held: Held) -> None:
     """What is about to run, in a few lines on rank 0."""
-    cfg, say = run.cfg, run.observers.say
+    cfg, say, where = run.cfg, run.observers.say, held.where
     for line in cfg.scaled:
         say(line)
     for warning in (*cfg.warnings, *run.splits.warnings):
@@ -205,4 +183,6 @@ def announce(run: Run, device: Device, vocabulary: Vocabulary, where: RunDirecto
     for line in loss_lines(cfg):
         say(line)
     if run.state.progress.step:
-        say(f"resumed at step {run.state.progress.step} from {where.load}")
+        say(f"resumed at step {run.state.progress.step} from {cfg.checkpoint.load}")
+    if held.start.note:
+        say(held.start.note)

@@ -62,7 +62,7 @@ class StopRequest:
         """The error that ends the run now, with 75."""
         error = Preempted(
             f"stopped by {self.by_signal or 'a signal to another rank'} {where}, {saved}",
-            do="start the same command again with --load to go on",
+            do="start the same command again to go on",
         )
         error.step = step
         return error

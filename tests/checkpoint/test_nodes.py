@@ -42,8 +42,8 @@ def _save(flags, per_node, root, steps=3):
             run.step()
             saver.save(run.state, saver.due(run.state.progress.step))
         saver._wait_for(2)
-        if saver._lease is not None:
-            saver._lease.release()
+        if saver._leases is not None:
+            saver._leases.release()
         here = tiers.memory_folder(store)
         files = {p.parent.name: 0 for p in here.glob("step_*/*")}
         for path in here.glob("step_*/rank_*"):

@@ -38,7 +38,7 @@ def _run(store):
             run.step()
             saver.save(run.state, saver.due(run.state.progress.step))
         saver._wait_for(2)
-        saver._lease.release()
+        saver._leases.release()
         marks = run.fingerprint()
     shm = tiers.memory_folder(store)
     held = folder.steps(shm), folder.steps(store)

@@ -57,6 +57,8 @@ WITHOUT_TORCH = (
 )
 READ_BY_LAUNCHERS = (
     "megatron_ext.mesh.limits",
+    "megatron_ext.checkpoint.identity",
+    "megatron_ext.checkpoint.starting",
     *(f"megatron_ext.resilience.{name}" for name in ("clocks", "diagnose", "hang", "heartbeat")),
 )
 """Modules of higher layers that work without torch."""

@@ -13,7 +13,12 @@ class ObserveSection:
     """Run directory, logs, TensorBoard, wandb."""
 
     run_dir: str | None = None
-    """The run's folder. Default: runs/<config name, or 'pretrain'>-<time>."""
+    """The run's folder; the same command again goes on with the run in it. Default: runs/<config
+    name, or 'pretrain'>-<time>."""
+
+    overwrite_run: bool = False
+    """Where --run-dir or --save holds a run, move it to RUN.old-<time> and begin a new one. A
+    restart or a requeue of the job goes on."""
 
     log_interval: Count = 100
     """Steps between log lines."""
