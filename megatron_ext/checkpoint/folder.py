@@ -87,7 +87,7 @@ def sync(path: Path) -> None:
 def write_new(path: Path, data: bytes) -> None:
     """A new file with its bytes on disk (its name is durable when its folder is synced)."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o644)
+    descriptor = os.open(path, flags, 0o666)
     try:
         view = memoryview(data)
         while len(view):

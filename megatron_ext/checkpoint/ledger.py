@@ -28,7 +28,7 @@ class Ledger:
         line = {"time": round(time.time(), 3), "event": event, "step": step, **values}
         data = (json.dumps(line) + "\n").encode()
         with self._lock:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             try:
                 os.write(descriptor, data)
             finally:

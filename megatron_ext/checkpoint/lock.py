@@ -96,7 +96,7 @@ class Lease:
     @contextlib.contextmanager
     def _guard(self) -> Iterator[int]:
         """One process at a time looks at the lease and changes it, where there is flock."""
-        descriptor = os.open(self.directory / _GUARD, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(self.directory / _GUARD, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             with contextlib.suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)

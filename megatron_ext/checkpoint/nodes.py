@@ -10,6 +10,7 @@ and copies of those of the node before it.
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import shutil
 import uuid
@@ -21,13 +22,14 @@ from typing import Any
 import torch
 
 from megatron_ext.checkpoint import folder
-from megatron_ext.checkpoint.tiers import STORE, Tier
-from megatron_ext.errors import ConfigError
-from megatron_ext.mesh.agree import agree, first_rank
+from megatron_ext.checkpoint.tiers import STORE, Tier, foreign
+from megatron_ext.errors import ConfigError, DataError, DiskError, Fatal
+from megatron_ext.mesh.agree import FailedElsewhere, agree, first_rank
 
 LIMIT_S = 600
 """How long a background thread waits for the other ranks' before the save has failed."""
 _MARK = ".node_"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,22 +101,50 @@ def nodes_of_launch() -> Nodes:
     return nodes
 
 
-def open_tiers(tiers: Iterable[Tier], nodes: Nodes) -> frozenset[str]:
-    """Make the folders of the fast tiers on every node and empty them of what killed writers left;
-    the names of those that are spread over the nodes. Collective. Raises DiskError.
+def open_tiers(tiers: Iterable[Tier], nodes: Nodes) -> tuple[list[Tier], frozenset[str]]:
+    """Make the folders of the fast tiers on every node and empty them of what killed writers left.
+
+    The tiers that can be used, and the names of those that are spread over the nodes. A fast tier
+    that cannot be made or written, or that holds what somebody else has put there, is one warning
+    and none of them: the run does without it until it starts again. Collective.
     """
-    fast = [tier for tier in tiers if tier.name != STORE]
-    for tier in fast:
-        agree(
-            lambda tier=tier: folder.on_disk(tier.directory, lambda: _make(tier.directory, nodes))
-        )
-    return frozenset(tier.name for tier in fast if not _is_seen_by_all(tier.directory, nodes))
+    usable, spread = [], set()
+    for tier in tiers:
+        try:
+            if tier.name != STORE and not _open(tier, nodes):
+                spread.add(tier.name)
+            usable.append(tier)
+        except (DiskError, Foreign, FailedElsewhere) as error:
+            if not isinstance(error, FailedElsewhere):  # on the first rank that found it
+                _log.warning(
+                    "--ckpt-tiers: this run does without its %s tier: %s", tier.name, error.what
+                )
+    return usable, frozenset(spread)
 
 
-def _make(directory: Path, nodes: Nodes) -> None:
+def _open(tier: Tier, nodes: Nodes) -> bool:
+    """True where all ranks see the folder of a fast tier. Collective. Raises DiskError, Foreign."""
+    path = tier.directory
+    agree(lambda: folder.on_disk(path, lambda: _make(tier, nodes)))
+    return _is_seen_by_all(path, nodes)
+
+
+class Foreign(Fatal):  # noqa: N818 - whose folder it is
+    """A fast tier may hold what somebody else has put there; never ends a run."""
+
+    code = DataError.code
+
+
+def _make(tier: Tier, nodes: Nodes) -> None:
     if not nodes.is_leader:
         return
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    directory = tier.directory
+    why = foreign(tier)  # before mkdir, which would follow a link
+    if not why:
+        tier.make()
+        why = foreign(tier)  # somebody may have been faster
+    if why:
+        raise Foreign(f"{why}: whoever may write there decides what this run loads")
     for mark in directory.glob(f"{_MARK}*"):
         mark.unlink(missing_ok=True)
     if nodes.count == 1:

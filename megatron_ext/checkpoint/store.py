@@ -24,6 +24,7 @@ import torch
 from megatron_ext.checkpoint import folder, loader, tensor_file
 from megatron_ext.checkpoint import state as parts
 from megatron_ext.checkpoint.aside import abandon_later
+from megatron_ext.checkpoint.failures import Failures
 from megatron_ext.checkpoint.fingerprint import names
 from megatron_ext.checkpoint.ledger import Ledger
 from megatron_ext.checkpoint.lock import Leases
@@ -43,10 +44,9 @@ from megatron_ext.checkpoint.staging import Image, Pool
 from megatron_ext.checkpoint.state import TrainState
 from megatron_ext.checkpoint.tiers import STORE, Tier, due, tiers_of, to_prune
 from megatron_ext.device import current_device
-from megatron_ext.errors import Fatal, LockedError
-from megatron_ext.mesh.agree import FailedElsewhere, agree, first_rank
+from megatron_ext.errors import Fatal
+from megatron_ext.mesh.agree import agree, first_rank
 
-MAX_FAILED_SAVES = 3
 _SYNC_POOL_BYTES = 64 << 20  # a synchronous save waits anyway
 _POLL_S = 0.002
 
@@ -87,13 +87,11 @@ class Checkpointer:
         may_change = frozenset(may_change) | names(cfg.accept_change)
         prints = run_info.get("fingerprint") or {}
         self._this_run = loader.ThisRun(prints, may_change, run_info.get("id"))
-        self.last_error: Fatal | None = None
         self.tiers = [] if self.directory is None else tiers_of(cfg, self.directory)
         self._planner = Planner(share_replicas=cfg.ckpt_fully_parallel_save)
         limit = cfg.ckpt_staging_bytes if cfg.async_save else _SYNC_POOL_BYTES
         self._pool = Pool(limit, pinned=current_device().type == "cuda")
         self._saves: list[Save] = []
-        self._num_failed = 0
         self._loaded: loader.Found | None = None
         self._course: int | None = -1  # the first save deletes steps of fast tiers after it
         self._leases, self._takes_lease = leases, leases is None
@@ -103,7 +101,11 @@ class Checkpointer:
         self._nodes = nodes_of_launch() if self._fast else None
         if self.directory is not None:
             first_rank(self._open_directory)
-        self._spread = open_tiers(self.tiers, self._nodes) if self._fast else frozenset()
+        self._spread: frozenset[str] = frozenset()
+        if self._fast:
+            self.tiers, self._spread = open_tiers(self.tiers, self._nodes)
+            self._fast = [tier.directory for tier in self.tiers if tier.name != STORE]
+        self.failures = Failures(self._fast)
 
     def _open_directory(self) -> None:
         if self._takes_lease:
@@ -139,7 +141,7 @@ class Checkpointer:
         try:
             save = self._stage(state, place)
         except (Fatal, OSError) as error:
-            self._count_failure(state.progress.step, error)
+            self.failures.add(state.progress.step, place.directory, error)
             return
         self._saves.append(save)
         state.before_update = self.before_update
@@ -198,8 +200,7 @@ class Checkpointer:
     def _request(self, step: int, tier: Tier) -> str:
         """Rank 0: the ledger's line and the name of this save."""
         self._leases.check()
-        made = tier.directory.mkdir
-        folder.on_disk(tier.directory, lambda: made(parents=True, exist_ok=True, mode=0o700))
+        folder.on_disk(tier.directory, tier.make)
         ledger = Ledger(tier.directory)
         quietly(lambda: ledger.add("requested", step, asynchronous=bool(self.cfg.async_save)))
         return uuid.uuid4().hex[:8]
@@ -213,7 +214,7 @@ class Checkpointer:
             return
         needed = 2 * num_bytes // self._nodes.count if is_spread else num_bytes
         try:
-            tier.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            tier.make()
             folder.check_space(tier.directory, needed)
             if not is_spread:
                 Reports(tier.directory, step, identity).begin()
@@ -256,9 +257,7 @@ class Checkpointer:
         use. Raises if the last save failed.
         """
         self._wait_for(VERIFIED)
-        if self.last_error is not None:
-            error, self.last_error = self.last_error, None
-            raise error
+        self.failures.raise_last()
         for tier in self.tiers:
             if tier.name == "memory" and self._nodes.is_leader:
                 shutil.rmtree(tier.directory, ignore_errors=True)
@@ -292,7 +291,7 @@ class Checkpointer:
                 continue
             if save.agreed < DURABLE <= phase:
                 durable.append(save.order.step)
-                self._num_failed, self.last_error = 0, None
+                self.failures.forget(save.order.directory)
             save.agreed = phase
             if phase >= VERIFIED:
                 self._saves.remove(save)
@@ -310,18 +309,7 @@ class Checkpointer:
         try:
             agree(tell)
         except Fatal as error:
-            self._count_failure(save.order.step, error)
-
-    def _count_failure(self, step: int, error: Fatal | OSError) -> None:
-        """Training goes on without this checkpoint; not after MAX_FAILED_SAVES in a row."""
-        self.last_error = error
-        self._num_failed += 1
-        lost = error.code == LockedError.code
-        if lost or self._num_failed >= MAX_FAILED_SAVES:
-            self.last_error = None
-            raise error
-        if not isinstance(error, FailedElsewhere):
-            _log.warning("checkpoint of step %d failed, training goes on: %s", step, error)
+            self.failures.add(save.order.step, save.order.directory, error)
 
     def close(self) -> None:
         """Wait for the saves in flight and give the folder free. Raises if the last save failed.
@@ -340,9 +328,8 @@ class Checkpointer:
             if self._leases is not None and self._takes_lease:
                 self._leases.release()
             self._leases = None
-        if self.last_error is not None and not is_failing:
-            error, self.last_error = self.last_error, None
-            raise error
+        if not is_failing:
+            self.failures.raise_last()
 
     def _all_reduce(self, values: list[int], op: Any) -> list[int]:
         tensor = torch.tensor(values, dtype=torch.int64)

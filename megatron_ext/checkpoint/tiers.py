@@ -8,12 +8,16 @@ A tier is a folder, an interval and how many are kept; the format is the same ev
 that is due for several goes to the slowest. Memory keeps one step, since a copy of it is on the
 next node. On several nodes memory and local hold the files of a node and of the one before
 (nodes.py, neighbour.py).
+
+The name of the memory tier can be guessed by every user of the machine, so what somebody else has
+put there is not loaded: see `foreign`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ import xxhash
 from megatron_ext.checkpoint import folder
 from megatron_ext.checkpoint.record import read_record
 from megatron_ext.errors import ConfigError
+from megatron_ext.owned import GROUP_AND_OTHERS, why_foreign
 
 STORE = "store"
 _SHM = Path("/dev/shm")
@@ -37,6 +42,11 @@ class Tier:
     interval: int | None
     keep_last: int | None
     keep_every: int | None = None
+
+    def make(self) -> None:
+        """Its folder: of the store by the umask, of a fast tier for this user alone."""
+        mode = 0o777 if self.name == STORE else 0o700
+        self.directory.mkdir(parents=True, exist_ok=True, mode=mode)
 
 
 def memory_folder(store: Path) -> Path:
@@ -68,12 +78,48 @@ def tiers_of(cfg: Any, store: Path) -> list[Tier]:
     return [*found, Tier(STORE, store, cfg.save_interval, cfg.keep_last, cfg.keep_every)]
 
 
+def foreign(tier: Tier) -> str:
+    """Why a fast tier may hold what somebody else has put there, "" where it does not, or where
+    there is none yet: it, its steps and their files belong to this user (the folder of
+    --ckpt-local-dir and all below may be root's), nobody else may write them, and none is a link.
+    In the folder that --ckpt-local-dir names this user's group may write.
+    """
+    is_memory = tier.name == "memory"
+    owners = () if is_memory else (0,)
+    writers = GROUP_AND_OTHERS if is_memory else stat.S_IWOTH
+    try:
+        top = tier.directory.lstat()
+        if not is_memory and top.st_mode & stat.S_ISVTX:
+            writers = 0  # who may write there cannot replace what others have made
+        why = why_foreign(top, owners, writers)
+        if why:
+            return f"{tier.directory} {why}"
+        for path in _below(tier.directory):
+            why = why_foreign(path.lstat(), owners, stat.S_IWOTH)
+            if why:
+                return f"{path} {why}"
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return f"{tier.directory} cannot be read: {error.strerror}"
+    return ""
+
+
+def _below(directory: Path) -> Iterator[Path]:
+    """The folders of steps, each before its files."""
+    for step in folder.steps(directory):
+        path = directory / folder.step_name(step)
+        yield path
+        yield from path.iterdir()
+
+
 def has_fast_step(cfg: Any, store: Path, is_own: Callable[[Mapping[str, Any]], bool]) -> bool:
     """Whether this node holds a step of this run in its memory or local tier; `is_own` says it of a
     checkpoint's record.
     """
     for tier in tiers_of(cfg, store):
-        for step in folder.steps(tier.directory) if tier.name != STORE else ():
+        is_usable = tier.name != STORE and not foreign(tier)
+        for step in folder.steps(tier.directory) if is_usable else ():
             record = read_record(tier.directory / folder.step_name(step))
             if record is not None and is_own(record["run"]):
                 return True

@@ -24,12 +24,12 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 def _open(path: Path) -> tuple[int, bool]:
     """(descriptor of a new file, whether writes must be aligned)."""
     try:
-        return os.open(path, _FLAGS | _DIRECT, 0o644), bool(_DIRECT)
+        return os.open(path, _FLAGS | _DIRECT, 0o666), bool(_DIRECT)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
         path.unlink(missing_ok=True)
-        return os.open(path, _FLAGS, 0o644), False
+        return os.open(path, _FLAGS, 0o666), False
 
 
 class NewFile:

@@ -12,22 +12,32 @@ other package stay as they are.
     "torch.cuda.FloatTensor" -> "torch.FloatTensor"   (what `Tensor.type()` says on a CPU)
 
 Rewritten byte code is cached beside Python's own (its name carries the rewriter's version), so a
-second start costs no more than a normal import.
+second start costs no more than a normal import. It is used where it belongs to this user, to root
+or to the owner of the source, whose code runs here in any case, and nobody else may write it; else
+it is made anew, with one warning.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import hashlib
 import importlib.machinery
 import importlib.util
+import logging
 import marshal
+import os
 import sys
 import types
+from pathlib import Path
+
+from megatron_ext.owned import ForeignFile, read_own
 
 PACKAGE = "megatron.core"
 STANDIN = "megatron_ext.device.standin"
-REWRITER_VERSION = 1
+REWRITER_VERSION = 2
 _ALIAS = "_cuda_standin"
+_foreign: list[Path] = []  # of all modules, for one warning
 
 
 class _Rewriter(ast.NodeTransformer):
@@ -92,20 +102,48 @@ class _CpuLoader(importlib.machinery.SourceFileLoader):
         source = self.get_data(path)
         if b"cuda" not in source:
             return super().get_code(fullname)
+        cache = Path(importlib.util.cache_from_source(path, optimization=f"cpu{REWRITER_VERSION}"))
         key = importlib.util.source_hash(source)
-        cache = importlib.util.cache_from_source(path, optimization=f"cpu{REWRITER_VERSION}")
-        try:
-            cached = self.get_data(cache)
-        except OSError:
-            cached = b""
-        if cached.startswith(key):
-            return marshal.loads(memoryview(cached)[len(key) :])
-        code = compile(rewrite(source.decode(), path), path, "exec", dont_inherit=True)
-        if not sys.dont_write_bytecode:
-            self.set_data(
-                cache, key + marshal.dumps(code)
-            )  # a folder that cannot be written is fine
+        code = _kept(cache, key, os.stat(path).st_uid)
+        if code is None:
+            code = compile(rewrite(source.decode(), path), path, "exec", dont_inherit=True)
+            if not sys.dont_write_bytecode:
+                _keep(cache, key, code)
         return code
+
+
+def _kept(cache: Path, key: bytes, source_owner: int) -> types.CodeType | None:
+    """The byte code of a source with this hash; None where there is none, a torn or a foreign
+    one.
+    """
+    try:
+        descriptor, content = read_own(cache, owners=(0, source_owner))
+    except OSError:
+        return None
+    except ForeignFile as error:
+        if not _foreign and os.environ.get("LOCAL_RANK", "0") == "0":
+            logging.getLogger(__name__).warning(
+                "%s: byte code like it is made anew (remove *.opt-cpu*.pyc there)", error
+            )
+        _foreign.append(cache)
+        return None
+    os.close(descriptor)
+    head = len(key) + hashlib.sha256().digest_size
+    body = content[head:]
+    is_whole = content[:head] == key + hashlib.sha256(body).digest()
+    return marshal.loads(body) if is_whole else None
+
+
+def _keep(cache: Path, key: bytes, code: types.CodeType) -> None:
+    """Whole or not at all; a folder that cannot be written is fine."""
+    body = marshal.dumps(code)
+    fresh = cache.with_name(f"{cache.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(exist_ok=True)
+        with open(fresh, "xb", opener=lambda *how: os.open(*how, 0o644)) as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(key + hashlib.sha256(body).digest() + body)
+        os.replace(fresh, cache)
 
 
 class _CpuFinder:

@@ -3,8 +3,10 @@
 The name in the cache is a hash of the source, the command and the CPU, so that machines of two
 kinds may share a home directory and an old library is never used. A rank that finds none, or a torn
 one, compiles it (about a second) and moves it there in one step; ranks that start together may do
-so twice. Where the cache cannot be written the library lives in a private folder while it is
-loaded.
+so twice. A library ends with the hash of its bytes, which is looked at before it is loaded: a torn
+one would be a SIGBUS. Where the cache cannot be written, or belongs to somebody else (owned.py:
+whoever may write there decides what runs here; one warning), the library lives in a private folder
+while it is loaded.
 
 OpenMP: g++ links libgomp.so.1, and the one that torch has loaded already is the one that is used,
 so both share one pool of threads.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -21,10 +24,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+from megatron_ext.owned import ForeignFile, read_own, require_own_folder
 
 OPTIONS = "-O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
 COMPILE_LIMIT_S = 120
+HASH = hashlib.sha256
 
 
 class BuildError(Exception):
@@ -73,12 +80,25 @@ def compile_into(folder: Path, name: str, source: Path, options: Sequence[str] =
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise BuildError(f"{command()[0]} ended with {done.returncode}: {said}")
+        _seal(Path(fresh))
         os.replace(fresh, folder / name)
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{command()[0]} took over {COMPILE_LIMIT_S} s") from error
     finally:
         Path(fresh).unlink(missing_ok=True)
     return folder / name
+
+
+def _seal(library: Path) -> None:
+    """Put the hash of its bytes behind them (the loader of programs does not mind) and wait until
+    both are on the disk.
+    """
+    with open(library, "r+b") as file:
+        digest = HASH(file.read()).digest()
+        file.write(digest)
+        file.flush()
+        os.fchmod(file.fileno(), 0o700)  # the linker made it by the umask
+        os.fsync(file.fileno())
 
 
 def load(source: Path, options: Sequence[str] = ()) -> ctypes.CDLL:
@@ -89,20 +109,42 @@ def load(source: Path, options: Sequence[str] = ()) -> ctypes.CDLL:
         made_of = f"{source.read_text()}\n{command()}\n{options}\n{_cpu()}"
         name = f"{source.stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
         folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        return _opened(folder / name) or ctypes.CDLL(
-            str(compile_into(folder, name, source, options))
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        require_own_folder(folder)
+        found = _opened(folder / name)
+        return (
+            found
+            or _opened(compile_into(folder, name, source, options))
+            or _load_uncached(source, options)
         )
+    except ForeignFile as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            logging.getLogger(__name__).warning(
+                "%s: its libraries are not used; compiled anew for this start"
+                " (chown and chmod go-w, or remove it, or name another with XDG_CACHE_HOME)",
+                error,
+            )
+        return _load_uncached(source, options)
     except (OSError, RuntimeError):
         return _load_uncached(source, options)
 
 
 def _opened(path: Path) -> ctypes.CDLL | None:
-    """None where there is no library, or a torn one."""
+    """None where there is no library, or a torn one. Raises ForeignFile.
+
+    It is loaded through the descriptor of the file that was looked at. That stays open: the loader
+    takes two libraries of one name for the same.
+    """
     try:
-        return ctypes.CDLL(str(path))
+        descriptor, content = read_own(path)
     except OSError:
         return None
+    size = HASH().digest_size
+    if HASH(content[:-size]).digest() == content[-size:]:
+        with suppress(OSError):  # another machine's, or the memory does not suffice
+            return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+    os.close(descriptor)
+    return None
 
 
 def _load_uncached(source: Path, options: Sequence[str]) -> ctypes.CDLL:

@@ -99,7 +99,7 @@ def _failing_writer(folder):
             run.step()
             saver.save(run.state)
             found.append((saver.poll(blocking=True), layout.latest_step(folder)))
-        return found, saver.last_error is None
+        return found, saver.failures.last is None
 
 
 def test_a_failed_save_does_not_stop_training(tmp_path):

@@ -19,6 +19,7 @@ OURS = ("megatron_ext", "data", "tests", "launch", "pretrain_moe")
 LAYER = {
     "errors": 0,
     "packages": -1,
+    "owned": -1,
     "native": 0,
     "ranges": 0,
     "command": 1,
