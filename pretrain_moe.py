@@ -38,7 +38,7 @@ def pretrain(cfg: RunConfig, stop: StopRequest) -> None:
         tokenizer = agree(lambda: setup.tokenizer(cfg))
         words = vocabulary(cfg, tokenizer.vocab_size)
         splits = setup.datasets(cfg, tokenizer)
-        setup.leave_if_asked(stop)
+        setup.leave_if_asked(stop, "building the model and reading the checkpoint")
         chunks = wrap_for_training(cfg, build_chunks(cfg, words))
         optimizer = build_optimizer(cfg, chunks)
         state = setup.train_state(chunks, optimizer, build_scheduler(cfg, optimizer))
@@ -48,7 +48,7 @@ def pretrain(cfg: RunConfig, stop: StopRequest) -> None:
             cfg, where = load_upcycled(cfg, where)
         with setup.watch(cfg, where), setup.checkpointer(cfg, where, held, tokenizer) as saver:
             run_folder.load(held, saver, state)
-            setup.leave_if_asked(stop, state.progress.step)
+            setup.leave_if_asked(stop, "opening the logs", state.progress.step)
             with (
                 setup.observers(cfg, where, held, state) as observers,
                 setup.instruments(cfg, where, state, saver) as instruments,

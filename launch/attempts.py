@@ -14,7 +14,7 @@ from typing import Any
 
 from launch import warm
 from launch.outside import Outside
-from launch.ranks import FORWARDED, Failure, Ranks
+from launch.ranks import Failure, Ranks
 from launch.reason import Reason, newest_checkpoint
 from launch.restarts import Budget
 from launch.words import Options
@@ -27,12 +27,14 @@ from megatron_ext.errors import (
     Preempted,
     RendezvousError,
     ResourceError,
+    report,
 )
+from megatron_ext.mesh import signals
+from megatron_ext.mesh.attempt import ATTEMPT
+from megatron_ext.mesh.signals import Asked, Means
 
 RENDEZVOUS = 69
-BY_CTRL_C = 130
 STORE_FD = "PRETRAIN_MOE_STORE_FD"
-ATTEMPT = "PRETRAIN_MOE_ATTEMPT"
 
 
 def say(text: str) -> None:
@@ -94,12 +96,13 @@ class Launch:
         self._ranks = Ranks(self._failed)
         self._reason: Reason | None = None
         self._is_warm = False
-        self._num_interrupts = 0
-        self._asked: signal.Signals | None = None
+        self._asked, self._stopped_by = Asked(), 0
+        self._seen_by: Outside | None = None
+        self._is_owner = EXIT_REASON not in os.environ  # else a launcher above speaks for all
 
     def run(self) -> int:
         """All attempts; the exit code of the last."""
-        for number in (*FORWARDED, signal.SIGALRM):
+        for number in (*signals.ours(), signal.SIGALRM):
             signal.signal(number, self._on_signal)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault(LAUNCH, self._name())
@@ -112,7 +115,7 @@ class Launch:
         while True:
             code, step = self._attempt(attempt)
             refusal = budget.refuses(code, step, newest_checkpoint(self._save))
-            if refusal is not None or self._asked:
+            if refusal is not None or self._asked.by:
                 break
             attempt += 1
             say(f"restart {attempt} after code {code} at step {step}")
@@ -130,29 +133,26 @@ class Launch:
 
     def _attempt(self, attempt: int) -> tuple[int, int | None]:
         """(exit code, step of the failure) of one start of all ranks."""
-        if self._asked:
-            raise Preempted(f"{self._asked.name} came before the ranks started", do="start again")
-        is_owner = EXIT_REASON not in os.environ  # else a launcher above reads and publishes it
         name = os.environ.get(ATTEMPT, str(attempt))
         self._reason = Reason(self._run, name, os.environ[LAUNCH])
-        if is_owner:
+        if self._is_owner:
             self._reason.prepare()
         else:
             self._reason.path = Path(os.environ[EXIT_REASON])
         try:
-            self._start(attempt)
+            self._start_all(attempt)
         except (ResourceError, RendezvousError):
             self._ranks.kill()
             self._ranks.wait()
             raise
-        first = self._ranks.wait(self._outside())
+        first = self._ranks.wait(self._seen_by)
         if first is None:
             return 0, None
         reason = self._reason.read() or {}
-        if is_owner:
+        if self._is_owner:
             self._reason.publish()
-        if self._num_interrupts > 1:
-            return BY_CTRL_C, None
+        if self._stopped_by:
+            return 128 + self._stopped_by, None
         return self._code(first, reason), reason.get("step")
 
     def _outside(self) -> Outside:
@@ -165,6 +165,17 @@ class Launch:
         said = int(reason.get("code", first.code))
         is_consequence = said in (INTERNAL_BUG, RENDEZVOUS) and reason.get("pid") != first.pid
         return first.code if first.code > 128 and is_consequence else said
+
+    def _start_all(self, attempt: int) -> None:
+        """All ranks, or none: a signal that comes meanwhile goes to all of them afterwards."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.SAVE_AND_LEAVE)
+        try:
+            if self._asked.by:
+                raise self._not_started()
+            self._start(attempt)
+            self._seen_by = self._outside()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _start(self, attempt: int) -> None:
         if self._options.srun:
@@ -212,7 +223,7 @@ class Launch:
     def _failed(self, first: Failure) -> None:
         """Write down at once what a killed rank could not say, and say it to the user."""
         said = self._reason.read() or {}  # where the launcher itself ended ranks that hang
-        is_ours = self._num_interrupts > 1 or said.get("code") == HangError.code
+        is_ours = self._stopped_by or said.get("code") == HangError.code
         if first.rank is None or is_ours or 64 <= first.code < 80:
             return
         self._reason.write(first.code, first.rank, first.pid, str(first))
@@ -220,12 +231,40 @@ class Launch:
 
     def _on_signal(self, number: int, frame: object) -> None:
         if number == signal.SIGALRM:
-            self._ranks.kill()
+            self._too_late()
             return
-        self._asked = signal.Signals(number)
-        self._num_interrupts += number == signal.SIGINT
-        if self._num_interrupts > 1:
+        means = self._asked.hear(number, time.monotonic())
+        text = signals.line(number, means, *self._doing())
+        if text and self._is_owner:
+            say(text)
+        if means is Means.NOW:
+            self._stop_now(number, text)
+        elif means is Means.SAVE and self._ranks:
+            # srun passes USR1 and USR2 on; SIGTERM would end its step at once
+            self._ranks.send(signal.SIGUSR1 if self._options.srun else number)
+        elif means is Means.SAVE:
+            signal.alarm(int(signals.START_DEADLINE_S))
+
+    def _stop_now(self, number: int, why: str) -> None:
+        if not self._ranks:
+            os._exit(128 + number)
+        self._stopped_by = number
+        self._reason.write(128 + number, None, os.getpid(), why)
+        self._ranks.kill()
+
+    def _doing(self) -> tuple[str, bool]:
+        """(what the ranks do now, whether they have nothing to save yet)."""
+        if self._seen_by is None:
+            return "importing", True
+        return ("training", False) if self._options.srun else self._seen_by.doing()
+
+    def _too_late(self) -> None:
+        """An alarm: the ranks had their time to leave, or the start its time to be left."""
+        if self._ranks:
             self._ranks.kill()
         else:
-            # srun passes USR1 and USR2 on; SIGTERM would end its step at once
-            self._ranks.send(signal.SIGUSR1 if self._options.srun else FORWARDED[self._asked])
+            report(self._not_started(), 0)
+            os._exit(Preempted.code)
+
+    def _not_started(self) -> Preempted:
+        return Preempted(f"{self._asked.by.name} came before the ranks started", do="start again")

@@ -24,6 +24,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this file is started by its path, from any folder
 
+from megatron_ext.mesh.signals import ignore_all, leave_at_once  # noqa: E402
+
+if __name__ == "__main__":
+    leave_at_once()  # until the launch hears signals itself
+
 from launch.attempts import Launch  # noqa: E402
 from launch.words import USAGE, Options, WordsError, asks_for_help, read_words  # noqa: E402
 from megatron_ext.checkpoint.starting import plan  # noqa: E402
@@ -76,4 +81,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    finally:
+        ignore_all()

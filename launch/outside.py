@@ -123,6 +123,14 @@ class Outside:
         why = {rank: sights[rank].why() for rank in silent}
         return self._end(why, max(tokens, default=None))
 
+    def doing(self) -> tuple[str, bool]:
+        """(what the first rank does now, whether there is nothing to save yet), for people."""
+        for rank, pid in sorted(self._pids().items()):
+            beat = self._sight(rank, pid).beat
+            if beat is not None:
+                return f"{beat.phase} of step {beat.step}", beat.phase in ("start", "load")
+        return ("starting", True) if self.poll_s else ("training", False)
+
     def _sight(self, rank: int, pid: int) -> Sight:
         beat = heartbeat.read(self._logs, rank)
         is_own = beat is not None and (beat.pid, beat.start_ticks) == (

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from launch import warm
 from launch.outside import Outside
 from megatron_ext.errors import ResourceError
+from megatron_ext.mesh import signals
 
 FATAL_CODES = range(64, 80)
 GRACE_S = 10
@@ -27,14 +28,6 @@ GRACE_AFTER_SAVE_S = 60
 """The same after code 75: ranks that saved together leave one after the other."""
 PREEMPTED = 75
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
-FORWARDED = {
-    signal.SIGINT: signal.SIGTERM,
-    signal.SIGTERM: signal.SIGTERM,
-    signal.SIGHUP: signal.SIGTERM,
-    signal.SIGUSR1: signal.SIGUSR1,
-    signal.SIGUSR2: signal.SIGUSR2,
-}
-SAVE_AND_LEAVE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ class Ranks:
         """Start the program as a copy of this process, which has imported it: see warm.py."""
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.SAVE_AND_LEAVE)
         try:
             pid = os.fork()
         except OSError as error:
@@ -90,10 +83,9 @@ class Ranks:
 
     def _become_rank(self, rank: int, environment: Mapping[str, str]) -> None:
         self._in_child()
-        for number in (*FORWARDED, signal.SIGALRM):
+        for number in (*signals.ours(), signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP,))
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ.clear()
         os.environ.update(environment)
@@ -122,10 +114,10 @@ class Ranks:
 
     def _before_exec(self, rank: int | None) -> None:
         self._in_child()
-        if (
-            rank is not None
-        ):  # the program catches them from its first line on; until then they wait
-            signal.pthread_sigmask(signal.SIG_BLOCK, SAVE_AND_LEAVE)
+        if rank is None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SAVE_AND_LEAVE)
+        else:  # the program catches them from its first line on; until then they wait
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals.SAVE_AND_LEAVE)
 
     def _in_child(self) -> None:
         os.setpgid(0, 0)
@@ -133,6 +125,10 @@ class Ranks:
         self._libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self._parent:
             os._exit(1)
+
+    def __bool__(self) -> bool:
+        """True while one lives."""
+        return bool(self._rank_of)
 
     def pids(self) -> dict[int, int]:
         """Rank -> process id of those that live (none of srun's, which are not ours)."""
@@ -164,6 +160,8 @@ class Ranks:
     def _end_the_others(self, first: Failure) -> None:
         if first.code in FATAL_CODES:
             signal.alarm(GRACE_AFTER_SAVE_S if first.code == PREEMPTED else GRACE_S)
+            if first.code == PREEMPTED:  # it may be the only one that was asked
+                self.send(signal.SIGUSR1)
         else:
             self.kill()
         self._failed(first)

@@ -31,6 +31,9 @@ from megatron_ext.packages import missing_package
 INTERNAL_BUG = 70
 """Exit code of a bug: an exception that is not a `Fatal` keeps its traceback."""
 
+BY_CTRL_C = 130
+"""Exit code of a program that Ctrl-C ended at once, as shells say it."""
+
 EXIT_REASON = "PRETRAIN_MOE_EXIT_REASON"
 """Environment variable: the file in which the first rank that fails says why."""
 
@@ -355,10 +358,13 @@ def _leave(error: Fatal, rank: int) -> int:
 @contextmanager
 def exit_on_fatal() -> Iterator[None]:
     """Wraps a program: a `Fatal` becomes its lines on stderr and its exit code; any other exception
-    one line, its traceback and `INTERNAL_BUG`.
+    one line, its traceback and `INTERNAL_BUG`; Ctrl-C, where nobody catches it, ends it with 130.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        raise SystemExit(BY_CTRL_C) from None
     except Exception as error:
         sys.stdout.flush()
         fatal = as_fatal(error)

@@ -14,7 +14,10 @@ import os
 import signal
 from collections.abc import Mapping
 
-COUNTS = ("SLURM_RESTART_COUNT", "PRETRAIN_MOE_ATTEMPT", "TORCHELASTIC_RESTART_COUNT")
+ATTEMPT = "PRETRAIN_MOE_ATTEMPT"
+"""Environment variable: the start of a run by launch/run.sh, from 0."""
+
+COUNTS = ("SLURM_RESTART_COUNT", ATTEMPT, "TORCHELASTIC_RESTART_COUNT")
 STARTED_BY_PARENT = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")
 PR_SET_PDEATHSIG = 1
 
@@ -34,6 +37,11 @@ def store_prefix(environ: Mapping[str, str] = os.environ) -> str:
 def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
     """True where the same run was started before."""
     return any(counts(environ))
+
+
+def has_launcher(environ: Mapping[str, str] = os.environ) -> bool:
+    """True for the ranks of launch/run.sh, which speaks to the user for them."""
+    return ATTEMPT in environ
 
 
 def die_with_parent(environ: Mapping[str, str] = os.environ) -> None:

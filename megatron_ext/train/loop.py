@@ -234,6 +234,7 @@ def train(run: Run, stop: StopRequest) -> str:
     if cfg.train.manual_gc:
         gc.disable()
     reason, saved_step = "finished", progress.step
+    stop.trains(lambda: f"step {progress.step + 1}")
     with reading(run) as batches:
         while progress.step < num_steps:
             with (
@@ -283,6 +284,7 @@ def steps_again(run: Run, last: int, stop: StopRequest, guard: Guard) -> Iterato
 
 def evaluate_at_end(run: Run, stop: StopRequest) -> None:
     """The validation and test losses of the final weights."""
+    stop.trains(lambda: "the last evaluation")
     for split in ("validation", "test"):
         if _evaluate(run, split, stop):
             step = run.state.progress.step

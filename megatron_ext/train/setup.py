@@ -40,12 +40,13 @@ def _is_first() -> bool:
     return torch.distributed.get_rank() == 0
 
 
-def leave_if_asked(stop: StopRequest, step: int = 0) -> None:
+def leave_if_asked(stop: StopRequest, then: str, step: int = 0) -> None:
     """Raise Preempted on all ranks where one was asked to stop before the training began: what is
-    saved is what there is. Collective.
+    saved is what there is. `then` comes now if not. Collective.
     """
     if sum_over_ranks([], float(stop()[0]))[-1] > 0:
         raise stop.preempted("before the first step", step, "nothing new to save")
+    stop.starts(then)
 
 
 def groups(cfg: RunConfig, device: Device) -> AbstractContextManager[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -49,6 +50,52 @@ def test_a_signal_saves_and_ends_with_75(tmp_path, name, targets, count):
     assert all_gone(str(tmp_path), 10)
 
 
+def test_sigterm_until_the_launcher_is_gone(tmp_path):
+    """Every 50 ms: the code is decided when the state is saved, whatever comes while it ends."""
+    with launched(2, *TINY, *FOREVER, "--run-dir", tmp_path) as process:
+        wait_for(tmp_path / "metrics.jsonl", '"step": 2')
+        while process.poll() is None:
+            process.terminate()
+            time.sleep(0.05)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "launch: SIGTERM: saving after this step (now " in errors
+
+
+def test_ctrl_c_is_answered_at_once_and_called_by_its_name(tmp_path):
+    """A key that is held down for half a second is one press."""
+    with launched(2, *TINY, *FOREVER, "--run-dir", tmp_path) as process:
+        wait_for(tmp_path / "metrics.jsonl", '"step": 2')
+        for pid in children_of(process.pid):
+            os.kill(pid, signal.SIGSTOP)
+        process.send_signal(signal.SIGINT)
+        assert re.match(
+            r"launch: SIGINT: saving after this step \(now .* of step \d+\), then leaving with 75;"
+            " Ctrl-C again to stop now",
+            process.stderr.readline(),
+        )
+        for _ in range(10):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        for pid in children_of(process.pid):
+            os.kill(pid, signal.SIGCONT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "what=stopped by SIGINT after step" in fatal_lines(errors)[0]
+    assert "SIGINT" in json.loads((tmp_path / "exit_reason.json").read_text())["what"]
+
+
+def test_ctrl_c_while_the_launcher_imports(tmp_path):
+    with launched(2, *TINY, *FOREVER, "--run-dir", tmp_path) as process:
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "SIGINT" in errors.splitlines()[0]
+    assert "what=SIGINT came before the ranks started" in fatal_lines(errors)[0]
+    assert "Traceback" not in errors
+
+
 def test_a_signal_in_an_evaluation_ends_it(tmp_path):
     """The first evaluation would take hours; the step before it is what is saved."""
     evaluation = ["--eval-interval", "2", "--eval-iters", "100000"]
@@ -80,6 +127,8 @@ def test_the_second_ctrl_c_kills(tmp_path):
         time.sleep(1)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
+    assert "launch: SIGINT again: stopped now, in " in errors and not fatal_lines(errors)
+    assert json.loads((tmp_path / "exit_reason.json").read_text())["code"] == 130
     assert all_gone(str(tmp_path), 10)

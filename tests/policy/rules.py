@@ -57,7 +57,7 @@ WITHOUT_TORCH = (
     "megatron_ext.costs",
 )
 READ_BY_LAUNCHERS = (
-    "megatron_ext.mesh.limits",
+    *(f"megatron_ext.mesh.{name}" for name in ("attempt", "limits", "signals")),
     "megatron_ext.checkpoint.identity",
     "megatron_ext.checkpoint.starting",
     *(f"megatron_ext.resilience.{name}" for name in ("clocks", "diagnose", "hang", "heartbeat")),
