@@ -13,12 +13,13 @@ from pathlib import Path
 
 from megatron_ext.checkpoint import identity
 from megatron_ext.errors import read_exit_reason, write_exit_reason
+from megatron_ext.state_files import opener
 
 
 def last_step(run: Path) -> int | None:
     """The step of the last whole line of RUN/metrics.jsonl that has one, None without any."""
     try:
-        with (run / "metrics.jsonl").open("rb") as file:
+        with open(run / "metrics.jsonl", "rb", opener=opener) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65_536))
             lines = file.read().splitlines()
     except OSError:

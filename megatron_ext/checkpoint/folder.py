@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from megatron_ext.checkpoint.record import MANIFEST
 from megatron_ext.errors import DiskError
+from megatron_ext.state_files import read_text
 
 T = TypeVar("T")
 LATEST = "latest"
@@ -188,9 +189,8 @@ def steps(directory: Path) -> list[int]:
 def latest_step(directory: Path) -> int | None:
     """What `latest` says; None if it is missing or not a step name."""
     try:
-        with open(directory / LATEST, "rb") as file:
-            text = file.read(64).decode().strip()
-    except (OSError, UnicodeDecodeError):
+        text = read_text(directory / LATEST, 64).strip()
+    except OSError:
         return None
     match = _STEP.fullmatch(text)
     return int(match[1]) if match else None

@@ -7,11 +7,12 @@ verified (read back, all hashes agree), pruned, failed, quarantined.
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from megatron_ext.state_files import opener, read_bytes
 
 LEDGER = "ledger.jsonl"
 
@@ -28,24 +29,21 @@ class Ledger:
         line = {"time": round(time.time(), 3), "event": event, "step": step, **values}
         data = (json.dumps(line) + "\n").encode()
         with self._lock:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            try:
-                os.write(descriptor, data)
-            finally:
-                os.close(descriptor)
+            with open(self.path, "ab", buffering=0, opener=opener) as file:
+                file.write(data)
 
 
 def read_ledger(directory: Path) -> list[dict[str, Any]]:
     """All lines that can be read; a line cut by a crash is left out."""
     try:
-        text = (directory / LEDGER).read_text(errors="replace")
+        data = read_bytes(directory / LEDGER)
     except OSError:
         return []
     found = []
-    for line in text.splitlines():
+    for line in data.splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             found.append(entry)

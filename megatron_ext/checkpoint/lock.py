@@ -26,6 +26,7 @@ from typing import Any
 
 from megatron_ext.checkpoint.folder import write_new
 from megatron_ext.errors import DiskError, LockedError
+from megatron_ext.state_files import read_bytes
 
 LEASE = "lease.json"
 _GUARD = ".lease.guard"
@@ -222,7 +223,7 @@ def read_lease(path: Path) -> dict[str, Any] | None:
     its age counts.
     """
     try:
-        holder = json.loads(path.read_text())
+        holder = json.loads(read_bytes(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

@@ -171,7 +171,13 @@ class Checkpointer:
         if self._fast and self._course is not None:
             remove_later(self._fast, self._course, self._nodes)
             self._course = None
-        agree(lambda: self._begin(step, tier, identity, total))
+        try:
+            agree(lambda: self._begin(step, tier, identity, total))
+        except Fatal as error:
+            if self._is_first:
+                text, ledger = str(error), Ledger(tier.directory)
+                quietly(lambda: ledger.add("failed", step, bytes=total, error=text))
+            raise
         order = Order(
             step=step,
             identity=identity,

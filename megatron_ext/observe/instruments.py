@@ -19,6 +19,7 @@ import torch
 
 from megatron_ext.config import RunConfig
 from megatron_ext.observe import memory, timers, trace_schedule
+from megatron_ext.observe.attempt import Attempts
 from megatron_ext.observe.profile import Profile
 from megatron_ext.observe.spans import CudaClock, HostClock, Recorder, Span
 from megatron_ext.observe.watch import Calls, Passes, watching
@@ -42,6 +43,7 @@ class Instruments:
         self._memory: dict[str, int] | None = None
         self._offset_s = self._saved_s = 0.0
         self._is_started = False
+        self._attempt = Attempts()
         if cfg.observe.record_memory_history and device.type == "cuda":
             torch.cuda.memory._record_memory_history(max_entries=HISTORY_ENTRIES)
 
@@ -85,7 +87,7 @@ class Instruments:
         mine = [*seconds, *(float(held[name]) for name in timers.MEMORY)]
         table = timers.gathered(mine, self._device)
         if self._rank == 0:
-            timers.write_ranks(self._root, step, num_steps, table)
+            self._attempt("ranks.json", timers.write_ranks, self._root, step, num_steps, table)
         return timers.record_of(table)
 
     def lines(self, record: dict[str, Any]) -> list[str]:
@@ -108,17 +110,18 @@ class Instruments:
 
     def _write_trace(self, step: int, spans: list[Span], whole: list[trace_schedule.Whole]) -> None:
         traces = self._root / "traces"
-        trace_schedule.write_rank(traces, step, self._rank, self._offset_s, spans, whole)
+        write, more = trace_schedule.write_rank, (self._offset_s, spans, whole)
+        self._attempt("traces", write, traces, step, self._rank, *more)
         torch.distributed.barrier()
         if self._rank == 0:
             world = torch.distributed.get_world_size()
-            missing = trace_schedule.merge(traces, step, world)
+            missing = self._attempt("traces", trace_schedule.merge, traces, step, world)
             if missing:
                 log.warning("the trace of step %d lacks ranks %s: no shared disk", step, missing)
 
     def close(self) -> None:
         """Write what is under way."""
-        self.profile.close()
+        self._attempt("traces", self.profile.close)
 
 
 @contextlib.contextmanager

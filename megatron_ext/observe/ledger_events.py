@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.state_files import opener
+
 NAME = "ledger.jsonl"
 
 
@@ -20,7 +22,7 @@ class LedgerEvents:
         """Whole lines that were added since; a line being written comes with the next call."""
         if not self._path.exists():
             return []
-        with self._path.open("rb") as file:
+        with open(self._path, "rb", opener=opener) as file:
             file.seek(self._read)
             text = file.read()
         whole, newline, _ = text.rpartition(b"\n")
@@ -31,6 +33,6 @@ class LedgerEvents:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         one = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return one if isinstance(one, dict) and {"event", "step"} <= one.keys() else None

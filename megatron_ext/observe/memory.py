@@ -157,13 +157,20 @@ def on_out_of_memory(state: Any, logs: Path, rank: int, device: torch.device) ->
         if not is_out_of_memory(error):
             raise
         path = logs / f"oom_rank_{rank}.txt"
-        path.write_text(describe(state, error, device), encoding="utf-8")
-        if device.type == "cuda":
-            torch.cuda.memory._dump_snapshot(str(path.with_suffix(".pickle")))
+        do = (
+            "lower --micro-batch-size, or add --recompute-granularity selective, ranks or"
+            " --use-distributed-optimizer"
+        )
+        try:
+            path.write_text(describe(state, error, device), encoding="utf-8")
+            if device.type == "cuda":
+                torch.cuda.memory._dump_snapshot(str(path.with_suffix(".pickle")))
+            do += "; the largest tensors are in the file"
+        except OSError as refused:  # the disk is full as well
+            do += f"; no page of the largest tensors: {refused.strerror}"
         raise ResourceError(
             f"out of memory: {str(error).splitlines()[0][:200] if str(error) else 'MemoryError'}",
-            do="lower --micro-batch-size, or add --recompute-granularity selective, ranks or"
-            " --use-distributed-optimizer; the largest tensors are in the file",
+            do=do,
             path=path,
         ) from error
     finally:

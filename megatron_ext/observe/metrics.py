@@ -8,11 +8,13 @@ coefficient, 1 = even load).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.moe.stats import RoutingRecord
+from megatron_ext.state_files import cut_lines, opener
 
 BALANCE_LOSSES = (
     "global_load_balancing_loss",
@@ -99,10 +101,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, first_step: int) -> None:
         self.path = path
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
-            path.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
+        cut_lines(path, lambda line: step_of(line) <= first_step)
+        self._file = open(path, "a", buffering=1, encoding="utf-8", opener=opener)
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -111,9 +111,12 @@ class MetricsFile:
         self._file.close()
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; a line torn by a kill counts as later than everything."""
+def step_of(line: bytes) -> float:
+    """The step of a line; what is no record, as a line torn by a kill, counts as later than
+    everything.
+    """
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if isinstance(step, (int, float)) else math.inf

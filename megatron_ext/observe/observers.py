@@ -21,6 +21,7 @@ from megatron_ext.observe.metrics import MetricsFile
 from megatron_ext.observe.run_dir import RunDirectory
 from megatron_ext.observe.sinks import open_sinks
 from megatron_ext.observe.tensorboard import TensorBoard
+from megatron_ext.state_files import replace_text
 
 AVERAGED = ("lm_loss", "step_time_s")
 
@@ -164,7 +165,7 @@ class Observers:
             "counts": [[int(count) for count in row] for row in routing.counts_LE.tolist()],
             "is_moe": routing.is_moe_L.tolist(),
         }
-        self._where.expert_load.write_text(json.dumps(load))
+        replace_text(self._where.expert_load, json.dumps(load))
 
 
 def _progress_bar() -> Progress:

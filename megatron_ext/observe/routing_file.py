@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.state_files import cut_lines, opener, read_bytes
+
 NAME = "routing.jsonl"
 DIGITS = 5
 
@@ -38,15 +40,18 @@ def line_of(step: int, record: Mapping[str, Any]) -> str:
 
 def append(path: Path, step: int, record: Mapping[str, Any]) -> None:
     """Add one interval to the file at `path` (rank 0)."""
-    with path.open("a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", opener=opener) as file:
         file.write(line_of(step, record))
 
 
 def cut(path: Path, last_step: int) -> None:
     """Forget intervals after `last_step`, as a resume does; nothing where there is no file."""
-    if path.exists():
-        kept = [one for one in read(path) if one["step"] <= last_step]
-        path.write_text("".join(line_of(one.pop("step"), one) for one in kept), encoding="utf-8")
+
+    def keeps(line: bytes) -> bool:
+        one = _parsed(line)
+        return one is not None and one["step"] <= last_step
+
+    cut_lines(path, keeps)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -54,17 +59,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(path).splitlines():
         one = _parsed(line)
         if one is not None:
             found[one["step"]] = one
     return [found[step] for step in sorted(found)]
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         one = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_whole = isinstance(one, dict) and isinstance(one.get("step"), int) and "counts" in one
     return one if is_whole else None

@@ -30,6 +30,7 @@ from megatron_ext.errors import DataError, exit_on_fatal
 from megatron_ext.mesh.grid import format_grid
 from megatron_ext.mesh.layout import layout_of
 from megatron_ext.observe.console import expert_lines
+from megatron_ext.state_files import read_bytes
 
 RESUME_STEPS = 60
 """Steps that the command to resume adds."""
@@ -38,7 +39,7 @@ RESUME_STEPS = 60
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line torn by a kill is left out."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(path).splitlines()
     except OSError as error:
         raise DataError(
             f"no metrics of a run: {error.strerror}",
@@ -49,7 +50,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise DataError(f"line {number} is not JSON", path=path) from None
     return records

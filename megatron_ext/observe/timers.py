@@ -17,13 +17,13 @@ step_time_s is the schedule's own work and Python.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 
 from megatron_ext.observe.kinds import KINDS
 from megatron_ext.observe.spans import Span, own_seconds
+from megatron_ext.state_files import replace_text
 
 NAME = "ranks.json"
 MEMORY = ("weights", "gradients", "optimizer", "peak")
@@ -83,9 +83,7 @@ def write_ranks(root: Path, step: int, num_steps: int, table: list[list[float]])
     """RUN/ranks.json: each rank's numbers of the last interval, whole or not at all (rank 0)."""
     rows = [[float(f"{value:.6g}") for value in row] for row in table]
     text = json.dumps({"step": step, "num_steps": num_steps, "columns": COLUMNS, "ranks": rows})
-    temporary = root / f"{NAME}.tmp"
-    temporary.write_text(text)
-    os.replace(temporary, root / NAME)
+    replace_text(root / NAME, text)
 
 
 def line_of(record: dict[str, float]) -> str:

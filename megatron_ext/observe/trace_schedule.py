@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from megatron_ext.observe.spans import Span
+from megatron_ext.state_files import replace_text
 
 ROUNDS = 9
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -87,7 +88,7 @@ def write_rank(
     ]
     part = {"step": step, "rank": rank, "offset_s": offset, "spans": rows, "collectives": calls}
     traces.mkdir(parents=True, exist_ok=True)
-    rank_path(traces, step, rank).write_text(json.dumps(part))
+    replace_text(rank_path(traces, step, rank), json.dumps(part))
 
 
 def lanes(calls: Iterable[Sequence[Any]]) -> list[tuple[int, Sequence[Any]]]:
@@ -149,7 +150,7 @@ def merge(traces: Path, step: int, world_size: int) -> list[int]:
     paths = {rank: rank_path(traces, step, rank) for rank in range(world_size)}
     there = {rank: path for rank, path in paths.items() if path.exists()}
     parts = [json.loads(path.read_text()) for path in there.values()]
-    merged_path(traces, step).write_text(json.dumps(chrome(parts)))
+    replace_text(merged_path(traces, step), json.dumps(chrome(parts)))
     for path in there.values():
         path.unlink()
     return [rank for rank in paths if rank not in there]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import DataError
+from megatron_ext.state_files import read_bytes
 
 COMPARED = ("lm_loss", "grad_norm", "samples_sha")
 
@@ -18,7 +19,7 @@ def steps_of(run: Path) -> dict[int, dict[str, Any]]:
     """
     path = run / "metrics.jsonl"
     try:
-        lines = path.read_text().splitlines()
+        lines = read_bytes(path).splitlines()
     except OSError as error:
         raise DataError(
             f"no record of this run: {error.strerror}", do="--run names a run's folder", path=path
@@ -27,7 +28,7 @@ def steps_of(run: Path) -> dict[int, dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the last line of a run that was killed
         if isinstance(record, dict) and "lm_loss" in record:
             found[int(record["step"])] = record

@@ -22,6 +22,7 @@ LAYER = {
     "owned": -1,
     "native": 0,
     "ranges": 0,
+    "state_files": 0,
     "command": 1,
     "config": 1,
     "device": 1,
@@ -52,6 +53,7 @@ READS_DATA = 8
 WITHOUT_TORCH = (
     "megatron_ext.errors",
     "megatron_ext.ranges",
+    "megatron_ext.state_files",
     "megatron_ext.command",
     "megatron_ext.config",
     "megatron_ext.costs",

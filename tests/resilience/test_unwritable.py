@@ -56,10 +56,13 @@ def _run(tmp_path, name, flags, full=()):
 def test_a_full_disk_for_logs_changes_nothing(tmp_path, tiny_flags, capfd):
     reference = _run(tmp_path, "usual", tiny_flags)
     capfd.readouterr()
-    full = ("metrics.jsonl", "tfevents", "expert_load.json", "rank_00000.log")
-    assert _run(tmp_path, "full", tiny_flags, full) == reference and len(reference) == 4
+    names = ("metrics.jsonl", "tfevents", "expert_load.json", "rank_00000.log", "ranks.json")
+    full = (*names, "routing.jsonl", "schedule_step")
+    flags = [*tiny_flags, "--log-routing-interval", "2", "--trace-schedule", "2"]
+    assert _run(tmp_path, "full", flags, full) == reference and len(reference) == 4
     text = capfd.readouterr().err
-    for place in ("metrics.jsonl", "TensorBoard", "expert_load.json"):
+    places = ("metrics.jsonl", "TensorBoard", "expert_load.json", "ranks.json", "routing.jsonl")
+    for place in (*places, "traces"):
         warnings = [line for line in text.splitlines() if f"{place} cannot be written" in line]
         assert len(warnings) == 1 and "No space left" in warnings[0], text
 

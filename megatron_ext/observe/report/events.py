@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.state_files import read_text
+
 MAX_EVENTS = 600
 WARNING = re.compile(
     r"^(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\S* "
@@ -28,7 +30,7 @@ def _text(record: dict[str, Any]) -> str:
 def _lines_of(path: Path, source: str) -> list[dict[str, Any]]:
     """Events of a file of JSON lines: any object with "event" (or "kind") and "time"."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_text(path).splitlines():
         try:
             record = json.loads(line)
         except ValueError:
@@ -50,7 +52,7 @@ def _lines_of(path: Path, source: str) -> list[dict[str, Any]]:
 def _warnings(path: Path) -> list[dict[str, Any]]:
     """Warnings and errors of a rank's log; the same text once, with its number."""
     counted: dict[str, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_text(path).splitlines():
         match = WARNING.match(line)
         if match is None or OF_PACKAGES.match(match["text"]):
             continue
