@@ -27,6 +27,7 @@ T = TypeVar("T")
 LATEST = "latest"
 MEGATRON_LATEST = "latest_checkpointed_iteration.txt"
 _STEP = re.compile(r"step_(\d{8,18})")
+_REPLACED = re.compile(r"(?:\.replaced_)?step_(\d{8,18})(?:_[0-9a-f]+)?")
 _UNFINISHED = re.compile(r"\.(writing|replaced|pruned|reports)_step_\d{8,18}_[0-9a-f]+")
 _HEADROOM = 1.1  # file headers, manifest, and somebody else's files
 
@@ -178,11 +179,14 @@ def quarantine(directory: Path, step: int) -> Path:
     return bad
 
 
-def steps(directory: Path) -> list[int]:
-    """The steps that have a folder here, newest first."""
+def steps(directory: Path, replaced: bool = False) -> list[int]:
+    """The steps that have a folder here, newest first; with `replaced` also those whose old folder
+    a crash has left between its two names: `remove_unfinished` gives them back.
+    """
     if not directory.is_dir():
         return []
-    found = (_STEP.fullmatch(path.name) for path in directory.iterdir() if path.is_dir())
+    pattern = _REPLACED if replaced else _STEP
+    found = (pattern.fullmatch(path.name) for path in directory.iterdir() if path.is_dir())
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 

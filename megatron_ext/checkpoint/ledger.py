@@ -1,7 +1,7 @@
 """`ledger.jsonl`: one line for each thing that happened to a checkpoint, appended by rank 0.
 
 Events: requested, staged (copied: training may change the weights), durable (named and on disk),
-verified (read back, all hashes agree), pruned, failed, quarantined.
+verified (read back, all hashes agree), pruned, failed, quarantined, abandoned (a run went back).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 from megatron_ext.state_files import opener, read_bytes
 
 LEDGER = "ledger.jsonl"
+_THERE = ("durable", "verified")
+_GONE = ("pruned", "failed", "quarantined", "abandoned")
 
 
 class Ledger:
@@ -47,6 +49,17 @@ def read_ledger(directory: Path) -> list[dict[str, Any]]:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             found.append(entry)
+    return found
+
+
+def standing_steps(directory: Path) -> set[int]:
+    """Steps that were saved and, as far as the lines tell, have not been taken away since."""
+    found: set[int] = set()
+    for entry in read_ledger(directory):
+        if entry.get("event") in _THERE:
+            found.add(entry["step"])
+        elif entry.get("event") in _GONE:
+            found.discard(entry["step"])
     return found
 
 

@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron_ext.checkpoint import complete, folder, rng, shards
 from megatron_ext.checkpoint.fingerprint import differences, shown
 from megatron_ext.checkpoint.hashes import Damaged
+from megatron_ext.checkpoint.lost import check_none_lost, lost_steps, told_of
 from megatron_ext.checkpoint.manifest import Manifest
 from megatron_ext.checkpoint.nodes import Nodes
 from megatron_ext.checkpoint.reader import StoredTensors, check_share, object_of
@@ -288,12 +289,17 @@ def candidates(
     is_own = own is not None and own.resolve() == load_from.resolve()
     latest = folder.latest_step(load_from)
     newest = latest if latest in steps else (steps[0] if steps else 0)
+    lost = lost_steps(load_from)
+    if lost and steps and lost[0] > newest:
+        _log.warning("%s: %s; going on from step %d", load_from, told_of(lost), newest)
     found = [(step > newest, -step, Found(step, load_from)) for step in steps]
     for number, (tier, known) in enumerate(tiers.items() if is_own else ()):
         ahead = [step for step in known if step > newest]
         found += [(False, -step, Found(step, tier, number)) for step in ahead]
     if found:
         return [entry[2] for entry in sorted(found, key=lambda entry: entry[:2])]
+    if not cfg.allow_fresh_start:
+        check_none_lost(load_from)
     if cfg.allow_fresh_start or is_own:
         return []
     raise DataError(

@@ -34,6 +34,7 @@ from megatron_ext.checkpoint.fingerprint import (
     shown,
 )
 from megatron_ext.checkpoint.identity import DEFAULT_START, LAUNCH, Identity
+from megatron_ext.checkpoint.lost import check_none_lost
 from megatron_ext.checkpoint.record import read_record
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError, DiskError
@@ -83,8 +84,8 @@ def folders(cfg: RunConfig) -> tuple[Path, Path]:
 
 
 def plan(cfg: RunConfig, environ: Mapping[str, str] = os.environ) -> Start:
-    """What this start means. Raises ConfigError where it would damage a run, DiskError where the
-    folders cannot be read.
+    """What this start means. Raises ConfigError where it would damage a run, DataError where its
+    checkpoints are gone, DiskError where the folders cannot be read.
     """
     try:
         return _Plan(cfg, environ).made()
@@ -142,6 +143,8 @@ class _Plan:
         if self.cfg.observe.overwrite_run and not self._was_overwritten() and has_run:
             self._check_load_stays()
             return Start(self._signed(Identity(), self.asked), is_new=True, overwrites=True)
+        if not self.steps and not self.cfg.checkpoint.allow_fresh_start:
+            check_none_lost(self.own)
         if not has_run:
             is_same = self.known.id and self._is_known_start() and not self._changed()
             begun = self.known if is_same else Identity()

@@ -44,7 +44,7 @@ from megatron_ext.checkpoint.staging import Image, Pool
 from megatron_ext.checkpoint.state import TrainState
 from megatron_ext.checkpoint.tiers import STORE, Tier, due, tiers_of, to_prune
 from megatron_ext.device import current_device
-from megatron_ext.errors import Fatal
+from megatron_ext.errors import Fatal, LockedError
 from megatron_ext.mesh.agree import agree, first_rank
 
 _SYNC_POOL_BYTES = 64 << 20  # a synchronous save waits anyway
@@ -133,15 +133,16 @@ class Checkpointer:
         One save is written at a time: a second one waits for the first. A failure is one warning,
         the third in a row raises. Raises DiskError, LockedError.
         """
-        assert self.directory is not None, (
-            "this Checkpointer was made without a folder to save into"
-        )
+        assert self.directory is not None, "this Checkpointer has no folder to save into"
         self._wait_for(DURABLE)
         place = next(entry for entry in self.tiers if entry.name == tier)
         try:
             save = self._stage(state, place)
         except (Fatal, OSError) as error:
-            self.failures.add(state.progress.step, place.directory, error)
+            step, ledger, text = state.progress.step, Ledger(place.directory), str(error)
+            if self._is_first and not isinstance(error, LockedError):
+                quietly(lambda: ledger.add("failed", step, error=text))
+            self.failures.add(step, place.directory, error)
             return
         self._saves.append(save)
         state.before_update = self.before_update
@@ -171,13 +172,7 @@ class Checkpointer:
         if self._fast and self._course is not None:
             remove_later(self._fast, self._course, self._nodes)
             self._course = None
-        try:
-            agree(lambda: self._begin(step, tier, identity, total))
-        except Fatal as error:
-            if self._is_first:
-                text, ledger = str(error), Ledger(tier.directory)
-                quietly(lambda: ledger.add("failed", step, bytes=total, error=text))
-            raise
+        agree(lambda: self._begin(step, tier, identity, total))
         order = Order(
             step=step,
             identity=identity,
@@ -370,7 +365,6 @@ class Checkpointer:
         """The run went back to `step`: later steps of its own folders are no candidates any more.
         Raises DiskError. Collective.
         """
-
         own = self.directory
         gone = first_rank(lambda: folder.on_disk(own, lambda: abandon_later(own, step)))
         if gone and self._is_first:

@@ -113,6 +113,22 @@ def test_a_failed_save_does_not_stop_training(tmp_path):
     assert ledger.count('"failed"') == 2 and "the writer broke" in ledger
 
 
+def _refused(folder):
+    layout.free_bytes = lambda path: 0
+    with small_run("") as run, checkpointer(folder) as saver:
+        run.step()
+        saver.save(run.state)
+        saver.failures.last = None  # the run's own end would raise it
+
+
+def test_a_save_that_is_refused_has_its_end_in_the_ledger(tmp_path):
+    run_ranks(_refused, 1, tmp_path / "ckpt")
+    lines = (tmp_path / "ckpt" / "ledger.jsonl").read_text().splitlines()
+    events = {line["event"]: line for line in map(json.loads, lines)}
+    assert list(events) == ["requested", "failed"]
+    assert "no space for the checkpoint" in events["failed"]["error"]
+
+
 def _full_disk(folder, asynchronous):
     _fail_on_rank(1, OSError(28, "No space left on device"), count=99)
     codes = []

@@ -1,0 +1,38 @@
+"""Steps that a folder's own records name and that are not there: removed, or on a disk that is not
+mounted. To go on from an older step, or from the beginning, is not what the start asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ext.checkpoint import folder
+from megatron_ext.checkpoint.ledger import standing_steps
+from megatron_ext.errors import DataError
+
+
+def lost_steps(directory: Path) -> list[int]:
+    """Named by `latest` or the ledger and without a folder, newest first."""
+    named = standing_steps(directory)
+    latest = folder.latest_step(directory)
+    if latest is not None:
+        named.add(latest)
+    return sorted(named - set(folder.steps(directory, replaced=True)), reverse=True)
+
+
+def told_of(lost: Sequence[int]) -> str:
+    """In words, for a line."""
+    listed = ", ".join(map(str, lost[:3])) + (", ..." if len(lost) > 3 else "")
+    return f"`latest` or the ledger names step {listed}, which is gone"
+
+
+def check_none_lost(directory: Path) -> None:
+    """For a folder without any step. Raises DataError."""
+    lost = lost_steps(directory)
+    if lost:
+        raise DataError(
+            f"this folder holds no checkpoint, but {told_of(lost)}",
+            do="mount or put back what is missing; --allow-fresh-start begins at step 1",
+            path=directory,
+        )
