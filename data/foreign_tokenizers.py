@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from data import piece_bytes
 from data.sentencepiece_model import read_model_file
 from megatron_ext.errors import ConfigError, DataError
 
@@ -108,6 +112,8 @@ class HuggingFaceTokenizer:
                 do='write {"eos_token": "..."} to tokenizer_config.json',
                 path=beside,
             )
+        sizes = piece_bytes.of_tokenizers(self.tokenizer, (self.eod,))
+        self.pieces = piece_bytes.measured(*sizes, (self.eod, self.bos), self.encode)
         self.fingerprint = hashlib.sha256(
             b"huggingface" + str(self.eod).encode() + content
         ).hexdigest()
@@ -119,10 +125,6 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens silent."""
         return self.tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
-
-    def bytes_of(self, ids: Sequence[int]) -> int:
-        """UTF-8 bytes of the decoded text."""
-        return len(self.decode(ids).encode("utf-8"))
 
 
 class GPT2BPETokenizer(HuggingFaceTokenizer):
@@ -238,6 +240,9 @@ class TikTokenizer:
             special_tokens=specials,
         )
         self.vocab_size = self.tokenizer.n_vocab
+        sizes = piece_bytes.of_bytes(ranks, self.vocab_size)
+        borders = (self.eod,) if self.bos is None else (self.eod, self.bos)
+        self.pieces = piece_bytes.PieceBytes(sizes, sizes, borders)
         settings = f"tiktoken{pattern}{num_special_tokens}{self.vocab_size}".encode()
         self.fingerprint = hashlib.sha256(settings + content).hexdigest()
 
@@ -261,11 +266,6 @@ class TikTokenizer:
         return self.tokenizer.decode(
             [int(index) for index in ids if int(index) not in self._specials]
         )
-
-    def bytes_of(self, ids: Sequence[int]) -> int:
-        """UTF-8 bytes that ``ids`` stand for."""
-        kept = [int(index) for index in ids if int(index) not in self._specials]
-        return len(self.tokenizer.decode_bytes(kept))
 
 
 def json_ranks(content: bytes) -> dict[bytes, int]:
@@ -314,6 +314,14 @@ class NullTokenizer:
         self.vocab_size = vocab_size + 1
         self.fingerprint = hashlib.sha256(f"null{vocab_size}".encode()).hexdigest()
 
+    @functools.cached_property
+    def pieces(self) -> piece_bytes.PieceBytes:
+        """The digits of a number, and the space before it inside a text."""
+        numbers_V = np.arange(self.vocab_size)
+        digits_V = sum((numbers_V >= 10**power).astype(np.int64) for power in range(1, 19)) + 1
+        digits_V[self.eod] = 0
+        return piece_bytes.PieceBytes(digits_V + (numbers_V != self.eod), digits_V, (self.eod,))
+
     def encode(self, text: str) -> list[int]:
         """The numbers in ``text``."""
         try:
@@ -326,7 +334,3 @@ class NullTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The numbers, with spaces."""
         return " ".join(str(int(index)) for index in ids if index != self.eod)
-
-    def bytes_of(self, ids: Sequence[int]) -> int:
-        """Bytes of the decoded text."""
-        return len(self.decode(ids).encode("utf-8"))

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import documents, indexed, shards
+from data import documents, indexed, piece_bytes, shards
 from data.command import CommandLine, add_document_flags
 from data.executors.flags import Asked, add_executor_flags, asked_of
 from data.scan import spot_sha256
@@ -211,7 +211,8 @@ def make_report(job: Job, total: shards.ShardFacts, hashes: dict[str, str]) -> d
         "documents": total.documents,
         "tokens": total.tokens,
         "bytes": total.text_bytes,
-        "represented_bytes": total.represented_bytes,
+        "represented_bytes": total.piece_bytes,
+        "represented_by": piece_bytes.COUNTED_BY,
         "bytes_per_token": round(total.text_bytes / total.tokens, 4),
         "skipped": total.skipped.counts,
         "skipped_examples": total.skipped.examples,

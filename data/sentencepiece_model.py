@@ -17,12 +17,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
+from data import piece_bytes
+from data.piece_bytes import SPACE_MARK
 from data.storage import atomic_file
 from megatron_ext.errors import ConfigError, DataError
 
-SPACE_MARK = "\u2581"
 RESERVED_IN_TRAINING = re.compile("[\t\u2581\u2585]")
 """Sentencepiece drops training lines with its own marks (tab, space, unknown): cut the lines there
 instead.
@@ -126,9 +125,10 @@ class SentencePieceTokenizer:
         self.fingerprint = hashlib.sha256(
             b"sentencepiece" + bytes([self.add_bos]) + content
         ).hexdigest()
-        self._bytes_of_id = self._byte_lengths()
         self._mark_ids = self._space_mark_ids()
         self._units: dict[str, list[int]] | None = {} if self._encodes_by_units(content) else None
+        sizes = piece_bytes.of_sentencepiece(self.processor)
+        self.pieces = piece_bytes.measured(*sizes, (self.eod, self.bos), self.encode)
 
     def _find_eod(self, model: Path) -> int:
         for piece in EOD_PIECES:
@@ -141,17 +141,6 @@ class SentencePieceTokenizer:
                 path=model,
             )
         return self.processor.eos_id()
-
-    def _byte_lengths(self) -> np.ndarray:
-        """int64 [vocab_size]: UTF-8 bytes that each id stands for."""
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for index in range(self.vocab_size):
-            if self.processor.is_byte(index):
-                lengths[index] = 1
-            elif not (self.processor.is_control(index) or self.processor.is_unknown(index)):
-                text = self.processor.id_to_piece(index).replace(SPACE_MARK, " ")
-                lengths[index] = len(text.encode("utf-8"))
-        return lengths
 
     def _space_mark_ids(self) -> list[int] | None:
         """Byte ids of U+2581, or None for a foreign model in which they cannot be said without
@@ -212,10 +201,6 @@ class SentencePieceTokenizer:
             else:
                 text, run = text + self.processor.decode(run) + "\ufffd", []
         return text + self.processor.decode(run)
-
-    def bytes_of(self, ids: Sequence[int]) -> int:
-        """UTF-8 bytes that ``ids`` stand for (eod, bos and other control pieces count 0)."""
-        return int(self._bytes_of_id[np.asarray(ids, dtype=np.int64)].sum())
 
 
 def read_model_file(path: Path) -> bytes:

@@ -49,8 +49,8 @@ class ShardFacts:
     tokens: int = 0
     text_bytes: int = 0
     """UTF-8 bytes of the texts."""
-    represented_bytes: int = 0
-    """Bytes that the ids stand for: equals ``text_bytes`` for a lossless tokenizer."""
+    piece_bytes: int = 0
+    """Bytes that the ids stand for by their pieces: equals ``text_bytes`` where those are exact."""
     smallest_id: int | None = None
     largest_id: int | None = None
     skipped: Skipped = field(default_factory=Skipped)
@@ -143,7 +143,7 @@ def write_texts(
             ids = None
             with skipped.one_document("tokenizer", place):
                 ids = encode_checked(tokenizer, text, recipe.append_eod)
-                count_document(facts, text, ids, tokenizer)
+                count_document(facts, text, ids, tokenizer, recipe.append_eod)
             if ids is None:
                 continue
             content = ids.astype(dtype).tobytes()
@@ -180,13 +180,15 @@ def encode_checked(tokenizer: Tokenizer, text: str, append_eod: bool) -> np.ndar
     return ids
 
 
-def count_document(facts: ShardFacts, text: str, ids: np.ndarray, tokenizer: Tokenizer) -> None:
-    """Adds one document to the facts."""
-    text_bytes, represented = len(text.encode("utf-8")), tokenizer.bytes_of(ids)
+def count_document(
+    facts: ShardFacts, text: str, ids: np.ndarray, tokenizer: Tokenizer, behind_eod: bool
+) -> None:
+    """Adds one document to the facts; ``behind_eod``: training sees an eod before it."""
+    text_bytes, of_pieces = len(text.encode("utf-8")), tokenizer.pieces.of_text(ids, behind_eod)
     facts.documents += 1
     facts.tokens += len(ids)
     facts.text_bytes += text_bytes
-    facts.represented_bytes += represented
+    facts.piece_bytes += of_pieces
     if len(ids):
         low, high = int(ids.min()), int(ids.max())
         facts.smallest_id = low if facts.smallest_id is None else min(low, facts.smallest_id)
@@ -247,7 +249,7 @@ def total_facts(all_facts: list[ShardFacts]) -> ShardFacts:
     """Sums over the shards, in order."""
     total = ShardFacts(shard=len(all_facts))
     for facts in all_facts:
-        for name in ("bin_bytes", "documents", "tokens", "text_bytes", "represented_bytes"):
+        for name in ("bin_bytes", "documents", "tokens", "text_bytes", "piece_bytes"):
             setattr(total, name, getattr(total, name) + getattr(facts, name))
         total.skipped.merge(facts.skipped)
     total.smallest_id = min(

@@ -26,6 +26,7 @@ from typing import Protocol
 
 from data import documents, foreign_tokenizers, sentencepiece_model
 from data.command import CommandLine, add_document_flags
+from data.piece_bytes import PieceBytes
 from data.storage import make_folder
 from megatron_ext.errors import ConfigError, exit_on_fatal
 
@@ -43,6 +44,8 @@ class Tokenizer(Protocol):
     """Id that begins a text, where the tokenizer has one."""
     fingerprint: str
     """SHA-256 over its files and settings."""
+    pieces: PieceBytes
+    """UTF-8 bytes of each id."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, without eod."""
@@ -50,10 +53,6 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``."""
-        ...
-
-    def bytes_of(self, ids: Sequence[int]) -> int:
-        """Number of UTF-8 bytes that ``ids`` stand for: turns nats a token into bits a byte."""
         ...
 
 

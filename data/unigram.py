@@ -5,7 +5,7 @@
 
     p(token) = (n(token) + 1) / (N + V)      add-one smoothing; n, N: training split, V: vocabulary
     nats a token = mean of -ln p over the validation split
-    bits a byte  = nats a token / ln 2 / (UTF-8 bytes of a validation token)
+    bits a byte  = nats a token / ln 2 / (UTF-8 bytes of text of a validation token)
 
 Domains of a blend count by their weights, in both splits.  A language model that learned anything
 beyond the frequency of tokens is below this number; it depends on the tokenizer very little.
@@ -25,8 +25,11 @@ from data.command import CommandLine
 from data.indexed import IndexedFile
 from data.pack import split_ranges
 from data.storage import make_folder, write_json
-from data.tokenizer import add_tokenizer_flags, tokenizer_of
+from data.text_bytes import TextBytes
+from data.tokenizer import Tokenizer, add_tokenizer_flags, tokenizer_of
 from megatron_ext.errors import ConfigError, DataError, exit_on_fatal
+
+UNKNOWN_BYTES = "unknown (the tokenizer's pieces do not tell; python -m data.prepare counts them)"
 
 
 def count_tokens(file: IndexedFile, first: int, stop: int, vocab_size: int) -> np.ndarray:
@@ -48,11 +51,17 @@ def blended(counts: Sequence[np.ndarray], weights: Sequence[float | None]) -> np
 
     Weights of None: by size, which is the plain sum.
     """
+    shares = factors([c.sum() for c in counts], weights)
+    return np.sum([c * share for c, share in zip(counts, shares, strict=True)], axis=0)
+
+
+def factors(totals: Sequence[float], weights: Sequence[float | None]) -> list[float]:
+    """What each domain is multiplied with so that its share of the total is its weight."""
     if any(weight is None for weight in weights):
-        return np.sum(counts, axis=0)
-    filled = [(c, w) for c, w in zip(counts, weights, strict=True) if c.sum()]
-    scale = sum(c.sum() for c, _ in filled) / sum(w for _, w in filled)
-    return np.sum([c * (scale * w / c.sum()) for c, w in filled], axis=0)
+        return [1.0] * len(totals)
+    given = sum(w for w, total in zip(weights, totals, strict=True) if total)
+    scale = sum(totals) / given if given else 0.0
+    return [scale * w / total if total else 0.0 for w, total in zip(weights, totals, strict=True)]
 
 
 def nats_per_token(train_V: np.ndarray, valid_V: np.ndarray) -> float:
@@ -61,31 +70,41 @@ def nats_per_token(train_V: np.ndarray, valid_V: np.ndarray) -> float:
     return float(-(valid_V * log_p).sum() / valid_V.sum())
 
 
-def bits_per_byte(nats: float, valid_V: np.ndarray, sizes_V: np.ndarray) -> float:
-    """Nats a token as bits a byte, with the bytes of the validation tokens."""
-    return nats / math.log(2) / float((valid_V * sizes_V).sum() / valid_V.sum())
+def count_bytes(file: IndexedFile, first: int, stop: int, text_bytes: TextBytes) -> float | None:
+    """Bytes of text of documents [first, stop) of a file; None where nothing tells."""
+    scale = text_bytes.scale(file)
+    if scale is None or first >= stop:
+        return scale and 0.0
+    tokens = file.read(file.first_token(first), int(file.lengths[first:stop].sum(dtype=np.int64)))
+    before = np.concatenate((text_bytes.pieces.borders[:1], tokens))[:-1]
+    return scale * float(text_bytes.count(before, tokens).sum())
 
 
-def measure(data_path: Sequence[str], split: str, tokenizer) -> dict[str, float]:
-    """The baseline of a blend, as `--out` keeps it."""
+def measure(data_path: Sequence[str], split: str, tokenizer: Tokenizer) -> dict[str, float]:
+    """The baseline of a blend, as `--out` keeps it; no bits per byte where nothing tells bytes."""
     entries = parse_blend(data_path)
     weights = [None if entry.weight is None else float(entry.weight) for entry in entries]
-    train, valid = [], []
+    train, valid, valid_bytes = [], [], []
     for entry in entries:
         file = IndexedFile(entry.prefix)
         (first, stop), (_, end) = _ranges(split, len(file))[:2]
         train.append(count_tokens(file, first, stop, tokenizer.vocab_size))
         valid.append(count_tokens(file, stop, end, tokenizer.vocab_size))
+        valid_bytes.append(count_bytes(file, stop, end, TextBytes.of(tokenizer)))
     if not sum(c.sum() for c in train) or not sum(c.sum() for c in valid):
         raise DataError(
             f"--split {split} leaves training or validation without tokens", do="95,5,0"
         )
-    sizes_V = np.array([tokenizer.bytes_of([token]) for token in range(tokenizer.vocab_size)])
-    train_V, valid_V = blended(train, weights), blended(valid, weights)
-    nats = nats_per_token(train_V, valid_V)
+    shares = factors([c.sum() for c in valid], weights)
+    valid_V = np.sum([c * share for c, share in zip(valid, shares, strict=True)], axis=0)
+    nats = nats_per_token(blended(train, weights), valid_V)
+    bits = {}
+    if None not in valid_bytes:
+        num_bytes = sum(x * share for x, share in zip(valid_bytes, shares, strict=True))
+        bits["bits_per_byte"] = nats * valid_V.sum() / math.log(2) / num_bytes
     return {
         "nats_per_token": nats,
-        "bits_per_byte": bits_per_byte(nats, valid_V, sizes_V),
+        **bits,
         "train_tokens": int(sum(c.sum() for c in train)),
         "valid_tokens": int(sum(c.sum() for c in valid)),
         "vocab_size": tokenizer.vocab_size,
@@ -121,10 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     found = measure(args.data_path, args.split, tokenizer_of(args))
     make_folder(args.out.absolute().parent)
     write_json(args.out, found)
-    print(
-        f"{args.out} bits_per_byte={found['bits_per_byte']:.4f}"
-        f" nats_per_token={found['nats_per_token']:.4f}"
-    )
+    bits = f"{found['bits_per_byte']:.4f}" if "bits_per_byte" in found else UNKNOWN_BYTES
+    print(f"{args.out} bits_per_byte={bits} nats_per_token={found['nats_per_token']:.4f}")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def validation_lines(
         f"model              {last['bits_per_byte']:.3f} bits a byte   step {last['step']},"
         f" {last['val_loss']:.4f} nats a token, {last['num_tokens']} tokens"
     ]
-    if baseline:
+    if baseline and "bits_per_byte" in baseline:
         lines.append(
             f"unigram baseline   {baseline['bits_per_byte']:.3f} bits a byte  "
             f" {baseline['nats_per_token']:.4f} nats a token, {baseline['valid_tokens']} tokens"

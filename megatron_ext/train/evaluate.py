@@ -2,7 +2,7 @@
 
 Every evaluation reads the same first `eval_iters` global batches of its split, so that the points
 of a curve compare. bits per byte = nats / ln 2 / bytes, which does not depend on the tokenizer;
-bytes are those of the label tokens.
+bytes are those of the text that the label tokens stand for.
 """
 
 from __future__ import annotations
@@ -11,27 +11,22 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from data.loader import MicroBatches
+from data.text_bytes import TextBytes
 from megatron_ext.device import current_device
 from megatron_ext.train.step import run_schedule, sum_over_ranks, to_device
 
 
-def bytes_per_token(tokenizer) -> Tensor | None:
-    """[V] int64: UTF-8 bytes that each token stands for; None for a tokenizer without text."""
-    if not hasattr(tokenizer, "bytes_of"):
-        return None
-    sizes = [tokenizer.bytes_of([token]) for token in range(tokenizer.vocab_size)]
-    return torch.tensor(sizes, dtype=torch.int64) if any(sizes) else None
-
-
-def count_bytes(batch, sizes_V: Tensor) -> int:
-    """Bytes of the unmasked labels of one micro-batch."""
-    labels = batch.labels_BS.cpu().clamp(max=len(sizes_V) - 1)
-    return int((sizes_V[labels] * (batch.loss_mask_BS.cpu() > 0)).sum())
+def count_bytes(batch, text_bytes: TextBytes, scales_D: np.ndarray) -> float:
+    """Bytes of text of the unmasked labels of one micro-batch; `scales_D` of the domains' files."""
+    sizes_BS = text_bytes.count(batch.tokens_BS.cpu().numpy(), batch.labels_BS.cpu().numpy())
+    sizes_B = (sizes_BS * (batch.loss_mask_BS.cpu().numpy() > 0)).sum(axis=1)
+    return float(sizes_B @ scales_D[batch.domain_ids_B.cpu().numpy()])
 
 
 def _of_domains(reports: Sequence[Tensor], num_domains: int) -> list[float]:
@@ -79,7 +74,7 @@ def evaluate(
     micro_batch_size: int,
     seq_length: int,
     step: int,
-    sizes_V: Tensor | None,
+    text_bytes: TextBytes | None,
     stop: Callable[[], tuple[bool, bool]],
 ) -> dict[str, Any] | None:
     """The validation record of `split`, the same on all ranks; the chunks end in training mode.
@@ -93,13 +88,14 @@ def evaluate(
     for chunk in chunks:
         chunk.eval()
     num_domains = len(dataset.domains)
+    scales_D = None if text_bytes is None else text_bytes.scales(dataset)
     sums = [0.0] * (3 + 2 * num_domains)
     try:
         for _ in range(num_batches):
             micro_batches = [to_device(next(batches), current_device()) for _ in range(per_step)]
-            num_bytes = 0
-            if sizes_V is not None:
-                num_bytes = sum(count_bytes(batch, sizes_V) for batch in micro_batches)
+            num_bytes = 0.0
+            if text_bytes is not None and scales_D is not None:
+                num_bytes = sum(count_bytes(x, text_bytes, scales_D) for x in micro_batches)
             reports = run_schedule(
                 chunks,
                 micro_batches,
@@ -108,7 +104,7 @@ def evaluate(
                 forward_only=True,
                 num_domains=num_domains,
             )
-            more = (float(num_bytes), *_of_domains(reports, num_domains), float(stop()[0]))
+            more = (num_bytes, *_of_domains(reports, num_domains), float(stop()[0]))
             *step_sums, asked = sum_over_ranks(reports, *more)
             if asked:
                 return None

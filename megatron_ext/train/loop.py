@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 
 from data.loader import MicroBatches
 from data.skip import parse_ranges
+from data.text_bytes import TextBytes
 from megatron_ext.checkpoint.state import sync_weights
 from megatron_ext.checkpoint.tiers import STORE
 from megatron_ext.config import RunConfig
@@ -41,7 +42,7 @@ class Run:
     checkpointer: Any
     observers: Observers
     instruments: Any  # observe.instruments.Instruments
-    sizes_V: torch.Tensor | None
+    text_bytes: TextBytes | None
     flops_per_token: float
 
 
@@ -109,7 +110,7 @@ def _evaluate(run: Run, split: str, stop: StopRequest) -> bool:
         micro_batch_size=train.micro_batch_size,
         seq_length=run.cfg.model.seq_length,
         step=run.state.progress.step,
-        sizes_V=run.sizes_V,
+        text_bytes=run.text_bytes,
         stop=stop,
     )
     if record is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from data import Splits, Tokenizer, build_tokenizer, open_datasets
+from data.text_bytes import TextBytes
 from megatron_ext.checkpoint import Checkpointer, Progress, TrainState
 from megatron_ext.checkpoint.fingerprint import fingerprint, free_to_change
 from megatron_ext.config import RunConfig
@@ -27,7 +28,6 @@ from megatron_ext.observe.instruments import instruments as measuring
 from megatron_ext.observe.observers import Observers
 from megatron_ext.observe.run_dir import RunDirectory
 from megatron_ext.resilience.watch import entering, watching
-from megatron_ext.train.evaluate import bytes_per_token
 from megatron_ext.train.loop import Run, num_samples, total_steps
 from megatron_ext.train.run_folder import Held
 from megatron_ext.train.step import sum_over_ranks
@@ -69,6 +69,8 @@ def tokenizer(cfg: RunConfig) -> Tokenizer:
         vocab_size=cfg.model.vocab_size,
         vocab_file=data.vocab_file,
         merge_file=data.merge_file,
+        tiktoken_pattern=data.tiktoken_pattern,
+        tiktoken_num_special_tokens=data.tiktoken_num_special_tokens,
     )
 
 
@@ -166,8 +168,8 @@ def instruments(
 
 
 def measures(cfg: RunConfig, words: Tokenizer, vocabulary: Vocabulary):
-    """(UTF-8 bytes of each token, for bits per byte; model FLOPs of a token, for throughput)."""
-    return bytes_per_token(words), model_flops_per_token(cfg, vocabulary.size)
+    """(bytes of text of tokens, for bits per byte; model FLOPs of a token, for throughput)."""
+    return TextBytes.of(words), model_flops_per_token(cfg, vocabulary.size)
 
 
 def announce(run: Run, device: Device, vocabulary: Vocabulary, held: Held) -> None:
@@ -182,6 +184,8 @@ def announce(run: Run, device: Device, vocabulary: Vocabulary, held: Held) -> No
     say(f"device {device.kind}, collectives {device.backend}, row kernels {device.kernels}")
     say(f"vocabulary {vocabulary.size} tokens, padded to {vocabulary.padded}")
     for line in loss_lines(cfg):
+        say(line)
+    for line in run.text_bytes.notes((run.splits.valid, run.splits.test)):
         say(line)
     if run.state.progress.step:
         say(f"resumed at step {run.state.progress.step} from {cfg.checkpoint.load}")

@@ -10,11 +10,13 @@ import json
 import tracemalloc
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 
 from data import foreign_tokenizers, prepare, shards
 from data.documents import Skipped, find_sources, read_piece, whole
 from data.indexed import IndexedFile
+from data.piece_bytes import PieceBytes
 from data.tokenizer import build_tokenizer
 from megatron_ext.errors import DataError
 from tests.data.test_tokenizers import bytelevel
@@ -40,6 +42,7 @@ class Failing:
     """A tokenizer of letters that raises on a text that begins with a number."""
 
     vocab_size, eod, bos, fingerprint = 300, 299, None, "letters"
+    pieces = PieceBytes(np.ones(300, np.int64), np.ones(300, np.int64), (299,))
 
     def encode(self, text):
         if text[0].isdigit():
@@ -47,9 +50,6 @@ class Failing:
         if text == "stop":
             raise KeyboardInterrupt
         return list(text.encode())
-
-    def bytes_of(self, ids):
-        return int((ids < 256).sum())
 
 
 def write_jsonl(path, texts):

@@ -43,7 +43,7 @@ def tokenizer(bpe_path):
 def test_sentencepiece_loses_nothing(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert tokenizer.bytes_of(ids) == len(text.encode())
+    assert tokenizer.pieces.of_text(ids) == len(text.encode())
     assert tokenizer.processor.unk_id() not in ids
     assert tokenizer.eod not in ids
 
@@ -58,7 +58,7 @@ def test_sentencepiece_loses_nothing_of_random_unicode(tokenizer):
         text = "".join(map(chr, points)) + chance.choice(("", " ", "\u2581 ", "\n "))
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
-        assert tokenizer.bytes_of(ids) == len(text.encode())
+        assert tokenizer.pieces.of_text(ids) == len(text.encode())
 
 
 def test_encoding_by_units_equals_sentencepiece(tokenizer, texts):
@@ -134,7 +134,7 @@ def test_huggingface_and_gpt2_agree(tmp_path_factory, texts, text):
     )
     assert hugging.encode(text) == gpt2.encode(text)
     assert hugging.decode(hugging.encode(text)) == gpt2.decode(gpt2.encode(text)) == text
-    assert hugging.bytes_of(hugging.encode(text)) == len(text.encode())
+    assert hugging.pieces.of_text(hugging.encode(text)) == len(text.encode())
     assert hugging.eod == gpt2.eod == 0
 
 
@@ -275,7 +275,7 @@ def test_tiktoken_both_formats(tmp_path, text):
     for made in (as_json, as_text):
         ids = made.encode(text)
         assert made.decode([*ids, made.eod]) == text
-        assert made.bytes_of([*ids, made.eod]) == len(text.encode())
+        assert made.pieces.of_text([*ids, made.eod]) == len(text.encode())
     assert as_json.encode("the") == [1257]
 
 

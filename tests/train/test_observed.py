@@ -56,7 +56,7 @@ def _measure(flags: list[str]) -> dict:
             micro_batch_size=2,
             seq_length=64,
             step=0,
-            sizes_V=None,
+            text_bytes=None,
             stop=lambda: (False, False),
         )
         return {"norm": params_norm(chunks), **record}
