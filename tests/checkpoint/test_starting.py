@@ -4,60 +4,17 @@ on. Pure: folders are made by hand, as the program and as the version before run
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_ext.checkpoint import aside, folder, identity, starting
-from megatron_ext.checkpoint.fingerprint import fingerprint
-from megatron_ext.checkpoint.hashes import text_hash
 from megatron_ext.checkpoint.identity import Identity
 from megatron_ext.checkpoint.record import read_record
-from megatron_ext.config import parse
 from megatron_ext.errors import ConfigError
+from tests.checkpoint.imagined import Folder
 from tests.ranks.tiny import TINY
-
-ENVIRON = {"WORLD_SIZE": "1"}
-
-
-class Folder:
-    """A run's folder, and starts into it that a test imagines."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.save = root, root / "checkpoints"
-
-    def cfg(self, *flags: object):
-        words = [str(flag) for flag in flags]
-        where = [] if "--run-dir" in words else ["--run-dir", str(self.root)]
-        return parse([*TINY, *where, *words], environ=ENVIRON)
-
-    def plan(self, *flags: object, **environ: str):
-        return starting.plan(self.cfg(*flags), {**ENVIRON, **environ})
-
-    def begin(self, *flags: object, step: int | None = 3, old: bool = False, **known):
-        """A run as its first start leaves it: with metrics, and a checkpoint where `step` says."""
-        start = self.plan(*flags)
-        self.root.mkdir(parents=True, exist_ok=True)
-        if old:
-            (self.root / "config.yaml").write_text(self.cfg(*flags).to_yaml())
-        else:
-            identity.write(self.root, replace(start.identity, **known))
-        (self.root / "metrics.jsonl").write_text('{"step": 1, "lm_loss": 5.0}\n')
-        if step is not None:
-            self.saved(step, *flags, id=None if old else start.identity.id)
-        return start.identity
-
-    def saved(self, step: int, *flags: object, id: str | None, save: Path | None = None) -> None:
-        cfg = self.cfg(*flags)
-        run = {"config": cfg.to_yaml(), "fingerprint": fingerprint(cfg)}
-        run |= {"id": id} if id else {}
-        text = f'"manifest": {json.dumps({"step": step, "run": run})}}}\n'.encode()
-        path = (save or self.save) / folder.step_name(step)
-        path.mkdir(parents=True)
-        (path / "manifest.json").write_bytes(f'{{"hash": "{text_hash(text)}",\n'.encode() + text)
-        folder.point_at(path.parent, step)
 
 
 @pytest.fixture

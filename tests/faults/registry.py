@@ -1,4 +1,4 @@
-"""The forty rows: what each does here, or which test stands for it, or that it is not built."""
+"""The rows: what each does here, or which test stands for it, or that it is not built."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.faults import (
     rows_checkpoint,
+    rows_course,
     rows_data,
     rows_hostile,
     rows_kill,
@@ -85,6 +86,7 @@ ROWS: dict[int, Row] = {
     38: Row("metrics after a rollback", runs=rows_kill.row_38, trials=1),
     39: Row("stop and start at any step", runs=rows_kill.row_39, trials=7),
     40: Row("soak", runs=rows_kill.row_40, trials=1),
+    41: Row("a rollback that is killed", files=rows_course.row_41, cases=200),
 }
 
 

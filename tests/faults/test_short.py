@@ -16,7 +16,7 @@ from tests.faults.outcome import TRIED, Outcome, folded, total
 from tests.faults.registry import ROWS, chosen
 
 SEED = int(os.environ.get("FAULTS_SEED", "1"))
-CASES = {18: 500, 19: 500, 20: 500, 21: 20, 25: 20, 26: 400, 29: 6}
+CASES = {18: 500, 19: 500, 20: 500, 21: 20, 25: 20, 26: 400, 29: 6, 41: 20}
 TRIALS = {
     **{1: 8, 2: 1, 4: 2, 5: 1, 7: 1, 8: 100, 9: 100, 10: 2, 11: 2, 17: 1, 27: 100, 28: 2},
     **{30: 1, 31: 1, 32: 1, 34: 1, 37: 1, 38: 1, 39: 1, 40: 1},
@@ -51,12 +51,12 @@ def test_runs(row, bench):
 
 
 def test_every_row_of_the_matrix_has_a_line():
-    assert list(ROWS) == list(range(1, 41))
+    assert list(ROWS) == list(range(1, len(ROWS) + 1))
     for row in ROWS.values():
         assert sum(map(bool, (row.files, row.runs, row.tests, row.missing))) == 1
     assert chosen("3,8-10,8") == [3, 8, 9, 10]
-    with pytest.raises(ValueError, match="no row 41"):
-        chosen("40-41")
+    with pytest.raises(ValueError, match=f"no row {len(ROWS) + 1}"):
+        chosen(f"40-{len(ROWS) + 1}")
 
 
 def test_the_judge_sees_each_bad_end(tmp_path):
