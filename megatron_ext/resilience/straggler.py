@@ -46,12 +46,13 @@ class Finding:
     host: str
     late_s: float  # per step, median of the judged steps
     share: float  # of the step time
+    why: str = ""
 
     def __str__(self) -> str:
         return (
             f"straggler rank={self.rank} host={self.host} step={self.step}"
             f" late_s={self.late_s:.4f} share_of_step={self.share:.1%}"
-        )
+        ) + (f": {self.why}" if self.why else "")
 
     def record(self) -> dict[str, object]:
         """The line of metrics.jsonl."""

@@ -34,6 +34,7 @@ from megatron_ext.resilience.heartbeat import (
     beat_for_ever,
     heartbeat_path,
 )
+from megatron_ext.resilience.slowdown import Slow, Slowdowns
 from megatron_ext.resilience.stacks import answering, stack_path
 from megatron_ext.resilience.straggler import Finding, Stragglers
 
@@ -50,7 +51,7 @@ class NoWatch:
     def step_done(self, step: int, seconds: float) -> None:
         """Do nothing."""
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[Finding | Slow]:
         """None."""
         return []
 
@@ -78,7 +79,7 @@ class Watch(NoWatch):
         self._file.step_done(step, seconds, min(blocked, seconds))
         self.enter("idle")
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[Finding | Slow]:
         """Stragglers found since the last call (rank 0)."""
         found = []
         while not self._found.empty():
@@ -123,9 +124,10 @@ def _evaluation(
     if rank != 0 or settings.straggler_interval <= 0 or len(stages) < 2:
         return None
     stragglers = Stragglers(settings.straggler_interval, settings.straggler_share, stages)
+    slowdowns = Slowdowns(len(stages))
 
     def evaluate(beats: Mapping[int, Heartbeat]) -> None:
-        for finding in stragglers.look(beats):
+        for finding in [*stragglers.look(beats), *slowdowns.look(beats)]:
             found.put(finding)
 
     return evaluate

@@ -107,6 +107,8 @@ def findings(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         elif "straggler_rank" in record:
             text = ", ".join(f"{key} {value}" for key, value in record.items() if key != "step")
             found.append({"source": "straggler", "what": "straggler", "text": text})
+        elif "slow_steps" in record:
+            found.append({"source": "straggler", "what": "slow", "text": record["slow_steps"]})
         else:
             continue
         found[-1] |= {"time": round(clock, 3), "step": record["step"]}
