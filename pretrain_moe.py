@@ -46,7 +46,7 @@ def pretrain(cfg: RunConfig, stop: StopRequest) -> None:
             from megatron_ext.upcycle.run import load_upcycled
 
             cfg, where = load_upcycled(cfg, where)
-        with setup.watch(cfg, where), setup.checkpointer(cfg, where, held, tokenizer) as saver:
+        with setup.watch(cfg, where), setup.saver(cfg, where, held, tokenizer, splits) as saver:
             run_folder.load(held, saver, state)
             setup.leave_if_asked(stop, "opening the logs", state.progress.step)
             with (

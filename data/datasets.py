@@ -20,6 +20,7 @@ import numpy as np
 from data import blend, pack, scan
 from data.cache import IndexCache
 from data.indexed import IndexedFile
+from data.inputs import Inputs, content_of, data_files, stamped
 from data.mock import MockDataset
 from data.rules import Rules
 from data.samples import BlendedDataset, Dataset, PackedDataset
@@ -38,6 +39,8 @@ class Splits:
     test: Dataset | None
     warnings: tuple[str, ...] = ()
     """One line each; the program prints them on rank 0."""
+    inputs: Inputs = field(default_factory=Inputs)
+    """The files behind them and the tokenizer's, where the caller has looked at them."""
 
 
 @dataclass
@@ -117,6 +120,29 @@ def open_datasets(
         if dataset is not None:
             dataset.open()
     return Splits(*made, warnings=tuple(opening.warnings + opening.cache.warnings))
+
+
+def prefixes_of(data_cfg) -> list[list[str]]:
+    """The pairs of train, valid and test, each once; none for mock data."""
+    if getattr(data_cfg, "mock_data", False):
+        return [[], [], []]
+    return [list(dict.fromkeys(e.prefix for e in entries)) for entries in blends_of(data_cfg)]
+
+
+def files_now(data_cfg, tokenizer_files: Sequence[Path]) -> Inputs:
+    """What the files of a run are before they are opened. Raises as `open_datasets`."""
+    prefixes = dict.fromkeys(prefix for split in prefixes_of(data_cfg) for prefix in split)
+    return stamped([*data_files(prefixes), *tokenizer_files])
+
+
+def content(data_cfg, tokenizer_files: Sequence[Path]) -> dict:
+    """`Inputs.content` of the training data and the tokenizer; reads the files (one rank does)."""
+    train = prefixes_of(data_cfg)[0]
+    if not train:
+        return content_of([], tokenizer_files, IndexCache(Path(), required=False), False)
+    complete = getattr(data_cfg, "data_hash", "sampled") == "complete"
+    cache = cache_of(data_cfg, blends_of(data_cfg))
+    return content_of(train, tokenizer_files, cache, complete)
 
 
 def _rules_of(data_cfg, eod: int) -> Rules:
@@ -296,6 +322,11 @@ def _require_good(opening: _Opening, file: IndexedFile, found: dict) -> None:
 def _require_verdict(opening: _Opening) -> None:
     """All ranks: the builder's verdict on the files, as it left it in the cache."""
     for file in opening.files.values():
+        if scan.has_bad_report(file):
+            opening.warnings.append(
+                f"{scan.report_path(file)} is no report of data.prepare: the bytes of the pair are "
+                "not compared with it"
+            )
         found = opening.cache.read_note(scan.cache_key(file, opening.complete))
         if found is not None:
             _require_good(opening, file, found)

@@ -89,6 +89,11 @@ def report_path(file: IndexedFile) -> Path:
     return Path(f"{file.prefix}.report.json")
 
 
+def has_bad_report(file: IndexedFile) -> bool:
+    """True where a report lies beside the pair that is not even an object of JSON."""
+    return report_path(file).exists() and read_json(report_path(file)) is None
+
+
 def cache_key(file: IndexedFile, complete: bool = False) -> str:
     """Name of the result of `examine` for these very files in the index cache."""
     report = report_path(file)

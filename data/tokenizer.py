@@ -115,6 +115,23 @@ def build_tokenizer(
     return builders[tokenizer_type]()
 
 
+def files_of(
+    tokenizer_type: str | None,
+    tokenizer_model: str | Path | None,
+    vocab_file: str | Path | None = None,
+    merge_file: str | Path | None = None,
+) -> list[Path]:
+    """The files from which `build_tokenizer` makes ids of text."""
+    if tokenizer_type in (None, "NullTokenizer"):
+        return []
+    if tokenizer_type == "GPT2BPETokenizer":
+        return [Path(file) for file in (vocab_file, merge_file) if file]
+    model = Path(tokenizer_model) if tokenizer_model else None
+    if model is not None and model.is_dir():
+        model = model / "tokenizer.json"
+    return [model] if model is not None else []
+
+
 def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that choose a tokenizer, for the data commands (the training program has its own
     parser).

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from megatron_ext.checkpoint.content import DATA, TOKENIZER
 from megatron_ext.config import RunConfig
 from megatron_ext.config.flags import all_flags, members
 
@@ -134,7 +135,7 @@ def fingerprint(cfg: RunConfig, num_tokens: int | None = None) -> dict[str, Any]
 def free_to_change(cfg: RunConfig) -> frozenset[str]:
     """Flags that this run is told to take anew, or does not use."""
     if cfg.train.eval_only:
-        return frozenset((*fingerprint(cfg), TOKENS))
+        return frozenset((*fingerprint(cfg), TOKENS, DATA, TOKENIZER))
     schedule = cfg.schedule
     if schedule.override_opt_param_scheduler or schedule.use_checkpoint_opt_param_scheduler:
         return frozenset((*SCHEDULE, "weight_decay"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
 from megatron_ext.checkpoint import complete, folder, rng, shards
+from megatron_ext.checkpoint.content import content_differences
 from megatron_ext.checkpoint.fingerprint import differences, shown
 from megatron_ext.checkpoint.hashes import Damaged
 from megatron_ext.checkpoint.lost import check_none_lost, lost_steps, told_of
@@ -132,11 +133,15 @@ class ThisRun:
     fingerprint: Mapping[str, Any]
     may_change: Collection[str]
     id: str | None = None
+    content: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_same_run(saved: Mapping[str, Any], mine: ThisRun, path: Path) -> None:
-    """The fingerprints agree where it matters. Raises Misfit that shows the differences."""
-    changed = differences(saved, mine.fingerprint, mine.may_change)
+    """The fingerprints agree where it matters, and so do the contents of the files. `saved`: the
+    record's "run". Raises Misfit that shows the differences.
+    """
+    changed = differences(saved.get("fingerprint") or {}, mine.fingerprint, mine.may_change)
+    changed |= content_differences(saved.get("content") or {}, mine.content, mine.may_change)
     if changed:
         listed = ", ".join(f"{shown(name)} {values}" for name, values in changed.items())
         accept = ",".join(shown(name).removeprefix("--") for name in changed)
@@ -221,8 +226,7 @@ def load(
     check_model(stored)
     record, names = stored.record, stored.manifest.tensors
     if counters and run:
-        saved = record["run"].get("fingerprint") or {}
-        first_rank(lambda: check_same_run(saved, run, path))
+        first_rank(lambda: check_same_run(record["run"], run, path))
     optimizer = optimizer and state.optimizer is not None
     if optimizer and record["optimizer"] is None:
         raise Misfit("the checkpoint has no optimizer", do="--no-load-optim", path=path)

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,11 @@ class Checkpointer:
         directory: where to save; None for a run that never saves (no lease is taken).
         load_from: where to look for a checkpoint; None: start fresh.
         run_info: plain JSON about the run (config, versions), kept in each checkpoint;
-            "fingerprint" in it is compared when a run resumes; no step of the run's own folder is
-            loaded that has another "id".
+            "fingerprint" and "content" in it are compared when a run resumes; no step of the run's
+            own folder is loaded that has another "id".
         may_change: flags in which the fingerprint may differ, beside --accept-change.
         leases: on rank 0, of the folders that the run holds already; None: one is taken here.
+        before_save: on each rank; a Fatal from it ends the run instead of the save.
 
     Raises LockedError (73) when another run saves there, DiskError (74) when the folder cannot be
     written.
@@ -79,14 +80,16 @@ class Checkpointer:
         run_info: dict[str, Any],
         may_change: Collection[str] = (),
         leases: Leases | None = None,
+        before_save: Callable[[], None] | None = None,
     ) -> None:
-        self.cfg = cfg
+        self.cfg, self._before_save = cfg, before_save
         self.directory = None if directory is None else Path(directory)
         self.load_from = None if load_from is None else Path(load_from)
         self.run_info = run_info
         may_change = frozenset(may_change) | names(cfg.accept_change)
         prints = run_info.get("fingerprint") or {}
-        self._this_run = loader.ThisRun(prints, may_change, run_info.get("id"))
+        content = run_info.get("content") or {}
+        self._this_run = loader.ThisRun(prints, may_change, run_info.get("id"), content)
         self.tiers = [] if self.directory is None else tiers_of(cfg, self.directory)
         self._planner = Planner(share_replicas=cfg.ckpt_fully_parallel_save)
         limit = cfg.ckpt_staging_bytes if cfg.async_save else _SYNC_POOL_BYTES
@@ -131,10 +134,12 @@ class Checkpointer:
         until `before_update`.
 
         One save is written at a time: a second one waits for the first. A failure is one warning,
-        the third in a row raises. Raises DiskError, LockedError.
+        the third in a row raises. Raises DiskError, LockedError, and what `before_save` raises.
         """
         assert self.directory is not None, "this Checkpointer has no folder to save into"
         self._wait_for(DURABLE)
+        if self._before_save is not None:
+            agree(self._before_save)
         place = next(entry for entry in self.tiers if entry.name == tier)
         try:
             save = self._stage(state, place)

@@ -72,15 +72,16 @@ class _Noting(Guard):
         return super().settle(noted, step, chunks, optimizer, batches)
 
 
-def load_before(cfg: RunConfig, state: Any, asked: Asked) -> str:
+def load_before(cfg: RunConfig, state: Any, asked: Asked, content: dict[str, Any]) -> str:
     """Fill `state` from the newest checkpoint before the step asked for whose every byte is right;
-    its path. Nothing is moved aside. Collective. Raises DataError where there is none.
+    its path. Nothing is moved aside. Collective. Raises DataError where there is none, Misfit where
+    it is of other flags or files (`content`).
     """
     if asked.from_start:
         return "the initial weights"
     save = run_dir.places(cfg, str(asked.run)).save
     found = first_rank(lambda: [one for one in folder.steps(save) if one < asked.step])
-    same = loader.ThisRun(fingerprint(cfg), free_to_change(cfg))
+    same = loader.ThisRun(fingerprint(cfg), free_to_change(cfg), content=content)
     for step in found:
         path = save / folder.step_name(step)
         try:
@@ -116,7 +117,7 @@ def _prepared(cfg: RunConfig, asked: Asked, device: Device) -> Iterator[tuple[Ru
         chunks = wrap_for_training(cfg, build_chunks(cfg, words))
         optimizer = build_optimizer(cfg, chunks)
         state = setup.train_state(chunks, optimizer, build_scheduler(cfg, optimizer))
-        source = load_before(cfg, state, asked)
+        source = load_before(cfg, state, asked, splits.inputs.content)
         keeper = Checkpointer(cfg.checkpoint, None, None, run_info={})
         quiet = setup.Observers(cfg, where, first_step=0, num_steps=0, is_active=False)
         with setup.instruments(cfg, where, state, keeper) as instruments:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from data import Splits, Tokenizer, build_tokenizer, open_datasets
+from data.datasets import content, files_now
 from data.text_bytes import TextBytes
+from data.tokenizer import files_of
 from megatron_ext.checkpoint import Checkpointer, Progress, TrainState
 from megatron_ext.checkpoint.fingerprint import fingerprint, free_to_change
 from megatron_ext.config import RunConfig
 from megatron_ext.costs.dryrun import loss_lines
 from megatron_ext.costs.flops import model_flops_per_token
 from megatron_ext.device import Device, current_device
-from megatron_ext.mesh.agree import agree
+from megatron_ext.mesh.agree import agree, first_rank
 from megatron_ext.mesh.grid import format_grid
 from megatron_ext.mesh.groups import process_groups
 from megatron_ext.mesh.layout import layout_of
@@ -75,8 +79,8 @@ def tokenizer(cfg: RunConfig) -> Tokenizer:
 
 
 def datasets(cfg: RunConfig, words: Tokenizer) -> Splits:
-    """Train, validation and test data: rank 0 checks the files and builds the indices, then
-    everybody opens them.
+    """Train, validation and test data: rank 0 checks the files, builds the indices and hashes what
+    is in the files (and the tokenizer's), then everybody opens them.
     """
 
     def open_(is_builder: bool) -> Splits:
@@ -91,8 +95,15 @@ def datasets(cfg: RunConfig, words: Tokenizer) -> Splits:
             barrier=lambda: None,
         )
 
+    data = cfg.data
+    kind = (data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
+    of_words = files_of(*kind)
+    files = agree(lambda: files_now(data, of_words))
     agree(lambda: open_(True) if _is_first() else None)
-    return agree(lambda: open_(False))
+    splits = agree(lambda: open_(False))
+    found = first_rank(lambda: content(data, of_words))
+    found["tokenizer_content"]["special tokens"] = {"eod": words.eod, "bos": words.bos}
+    return replace(splits, inputs=replace(files, content=found))
 
 
 def train_state(chunks: Sequence[nn.Module], optimizer, scheduler) -> TrainState:
@@ -101,15 +112,25 @@ def train_state(chunks: Sequence[nn.Module], optimizer, scheduler) -> TrainState
 
 
 @contextlib.contextmanager
-def checkpointer(
-    cfg: RunConfig, where: RunDirectory, held: Held, words: Tokenizer
+def saver(
+    cfg: RunConfig, where: RunDirectory, held: Held, words: Tokenizer, splits: Splits
 ) -> Iterator[Checkpointer]:
-    """Saves into and loads from the run's folders; what is in flight is finished on the way out."""
+    """Saves into and loads from the run's folders; what is in flight is finished on the way out.
+    One rank of each node sees to it that the files that the run reads are still those it opened.
+    """
     run, free = held.start.identity, free_to_change(cfg)
     info = {"config": cfg.to_yaml(), "fingerprint": fingerprint(cfg, words.vocab_size)}
     info |= {"id": run.id, "origins": list(run.origins)}
+    info |= {"content": splits.inputs.content}
+    looks = os.environ.get("LOCAL_RANK", "0") == "0"
     made = Checkpointer(
-        cfg.checkpoint, where.save, where.load, run_info=info, may_change=free, leases=held.leases
+        cfg.checkpoint,
+        where.save,
+        where.load,
+        run_info=info,
+        may_change=free,
+        leases=held.leases,
+        before_save=splits.inputs.check if looks else lambda: None,
     )
     try:
         yield made

@@ -74,7 +74,7 @@ class CheckpointSection:
 
     accept_change: str | None = None
     """Flags, separated by commas, in which a resumed run may differ from the run that wrote the
-    checkpoint, such as seed,data_path."""
+    checkpoint, such as seed,data_path; data_content and tokenizer_content: what is in the files."""
 
     ckpt_tiers: str = "store"
     """Where checkpoints go: memory (/dev/shm, and that of the next node), local, store, with
