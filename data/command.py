@@ -1,25 +1,11 @@
-"""The command lines of the data programs: a usage error is one FATAL line and code 64."""
+"""Words that the data programs share."""
 
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
 
 from data.documents import MAX_DOCUMENT_BYTES
 from megatron_ext.command import number
-from megatron_ext.errors import ConfigError
-
-
-class CommandLine(argparse.ArgumentParser):
-    """An argparse parser in the house's manners: no abbreviations, help as written."""
-
-    def __init__(self, prog: str, description: str | None = None, **settings):
-        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(prog, description=description, allow_abbrev=False, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        """Raises the usage error that argparse found."""
-        raise ConfigError(message, do=f"{self.prog} --help")
 
 
 def add_document_flags(parser: argparse.ArgumentParser) -> None:

@@ -23,8 +23,8 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data.command import CommandLine
 from data.storage import atomic_file, make_folder, write_json
+from megatron_ext.command import CommandLine, number
 from megatron_ext.errors import DataError, exit_on_fatal
 
 MEGABYTE = 10**6
@@ -200,7 +200,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--max-bytes",
-        type=int,
+        type=number("Count"),
         default=DEFAULT_MAX_BYTES,
         help="most bytes of text in each domain (default %(default)s)",
     )

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from data import documents, indexed, piece_bytes, shards
-from data.command import CommandLine, add_document_flags
+from data.command import add_document_flags
 from data.executors.flags import Asked, add_executor_flags, asked_of
 from data.scan import spot_sha256
 from data.storage import (
@@ -43,6 +43,7 @@ from data.storage import (
 )
 from data.tokenizer import Tokenizer, add_tokenizer_flags, tokenizer_of
 from data.workers import run_shards
+from megatron_ext.command import CommandLine, number
 from megatron_ext.errors import DataError, LockedError, exit_on_fatal
 
 FORMAT = 1
@@ -259,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--workers",
-        type=int,
+        type=number("Parts"),
         metavar="N",
         help="processes (default: the machine's cores; slurm and ray: no limit); the output does "
         "not depend on it",

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Protocol
 
 from data import documents, foreign_tokenizers, sentencepiece_model
-from data.command import CommandLine, add_document_flags
+from data.command import add_document_flags
 from data.piece_bytes import PieceBytes
 from data.storage import make_folder
+from megatron_ext.command import CommandLine, number
 from megatron_ext.errors import ConfigError, exit_on_fatal
 
 DEFAULT_TRAINING_BYTES = 50_000_000
@@ -147,7 +148,7 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
         "--tokenizer-model", metavar="PATH", help="the tokenizer's file or folder; never downloaded"
     )
     parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="NullTokenizer: ids without eod"
+        "--vocab-size", type=number("Size"), metavar="N", help="NullTokenizer: ids without eod"
     )
     parser.add_argument("--vocab-file", metavar="PATH", help="GPT2BPETokenizer: vocab.json")
     parser.add_argument("--merge-file", metavar="PATH", help="GPT2BPETokenizer: merges.txt")
@@ -159,7 +160,7 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tiktoken-num-special-tokens",
-        type=int,
+        type=number("Whole"),
         default=1000,
         metavar="N",
         help="TikTokenizer: special ids before the first rank (default %(default)s)",
@@ -195,14 +196,16 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="files and folders of text, as for python -m data.prepare",
     )
-    train.add_argument("--vocab-size", type=int, required=True, help="number of ids, 260 at least")
+    train.add_argument(
+        "--vocab-size", type=number("Size"), required=True, help="number of ids, 260 at least"
+    )
     train.add_argument(
         "--model", type=Path, required=True, metavar="PATH", help="the .model file to write"
     )
     add_document_flags(train)
     train.add_argument(
         "--max-bytes",
-        type=int,
+        type=number("Count"),
         default=DEFAULT_TRAINING_BYTES,
         help="most bytes of text to learn from, taken in order (default %(default)s)",
     )

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from data.blend import parse_blend
-from data.command import CommandLine
 from data.indexed import IndexedFile
 from data.pack import split_ranges
 from data.storage import make_folder, write_json
 from data.text_bytes import TextBytes
 from data.tokenizer import Tokenizer, add_tokenizer_flags, tokenizer_of
+from megatron_ext.command import CommandLine
 from megatron_ext.errors import ConfigError, DataError, exit_on_fatal
 
 UNKNOWN_BYTES = "unknown (the tokenizer's pieces do not tell; python -m data.prepare counts them)"

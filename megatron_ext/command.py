@@ -2,9 +2,10 @@
 
     parser = CommandLine("python -m megatron_ext.generate", __doc__)
     parser.add_argument("--seed", type=number("Seed"), default=1234)
-    parser.add_argument("--load", type=path, required=True)
+    parser.add_argument("--load", type=Path, required=True)
 
-A number has a range of `ranges`, as the flags of training have; no text and no path is empty.
+A number has a range of `ranges`, as the flags of training have. No word is empty, whether it is a
+path or has no type; an argument that may be empty says ``type=str``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.ranges import RANGES, real_number, whole_number
+from megatron_ext.ranges import EMPTY, RANGES, real_number, whole_number
+
+_WAY_OUT = " | "
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -24,10 +27,15 @@ class CommandLine(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str | None = None, **settings):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(prog, description=description, allow_abbrev=False, **settings)
+        self.register("type", None, _text)
+        self.register("type", Path, lambda word: Path(_text(word)))
 
     def error(self, message: str) -> NoReturn:
-        """Raises the usage error that argparse found."""
-        raise ConfigError(message, do=f"{self.prog} --help")
+        """Raises the usage error that argparse found: ``--seed -1 must be ...``."""
+        if message.startswith("argument "):
+            message = message.removeprefix("argument ").replace(": ", " ", 1)
+        what, _, use = message.partition(_WAY_OUT)
+        raise ConfigError(what, do=use or f"{self.prog} --help")
 
 
 def number(kind: str) -> Callable[[str], float]:
@@ -36,24 +44,23 @@ def number(kind: str) -> Callable[[str], float]:
     read = whole_number if limits.base == "int" else real_number
 
     def reader(word: str) -> float:
+        _text(word)
         try:
             value = read(word)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text(word)} {error}") from None
+            raise _wrong(f"{word} {error}", limits.example) from None
         if not limits.holds(value):
-            raise argparse.ArgumentTypeError(f"{word} {limits.rule(value)}: {limits.example}")
+            raise _wrong(f"{word} {limits.rule(value)}", limits.example)
         return value
 
     return reader
 
 
-def text(word: str) -> str:
-    """A reader for ``type=``: a word that is not empty."""
+def _text(word: str) -> str:
     if not word.strip():
-        raise argparse.ArgumentTypeError("is empty: an unset variable of the shell? leave it out")
+        raise _wrong(EMPTY, "leave it out")
     return word
 
 
-def path(word: str) -> Path:
-    """A reader for ``type=``: a path that is not empty."""
-    return Path(text(word))
+def _wrong(rule: str, use: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(rule + _WAY_OUT + use)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from megatron_ext.command import CommandLine, number
 from megatron_ext.config import RunConfig, parse
 from megatron_ext.errors import DataError, exit_on_fatal
 
@@ -58,19 +59,19 @@ def one_rank_config(run: dict, folder: str, options: list[str]) -> RunConfig:
 
 
 def _flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_ext.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandLine("python -m megatron_ext.generate", __doc__)
     parser.add_argument("--load", required=True, help="folder of checkpoints, RUN/checkpoints")
-    parser.add_argument("--ckpt-step", type=int, help="step to load; default: the newest")
-    parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest; 0: all")
-    parser.add_argument("--top-p", type=float, default=0.95, help="draw from this probability")
-    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument(
+        "--ckpt-step", type=number("Whole"), help="step to load; default: the newest"
+    )
+    parser.add_argument("--prompt", type=str, default="", help="text to continue")
+    parser.add_argument("--max-new-tokens", type=number("Size"), default=100)
+    parser.add_argument("--temperature", type=number("NotNegative"), default=0.8, help="0: greedy")
+    top_k = "draw from the k likeliest; 0: all"
+    parser.add_argument("--top-k", type=number("Whole"), default=0, help=top_k)
+    top_p = "draw from the likeliest that hold this probability"
+    parser.add_argument("--top-p", type=number("Portion"), default=0.95, help=top_p)
+    parser.add_argument("--seed", type=number("Seed"), default=1234)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     return parser
 
@@ -132,9 +133,8 @@ def write(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, load, write."""
-    args = _flags().parse_args(argv)
     with exit_on_fatal():
-        write(args)
+        write(_flags().parse_args(argv))
 
 
 if __name__ == "__main__":

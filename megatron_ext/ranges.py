@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+EMPTY = "is empty: an unset variable of the shell?"
+"""What is said of a word without a letter, number or not."""
+
 INT32 = 2**31 - 1
 INT53 = 2**53
 FLOAT32 = 3.4e38
@@ -21,7 +24,7 @@ _FAR = (INT32, INT53, FLOAT32, PARTS, LAYERS)
 Seed = Port = Size = Parts = Layers = Depth = Count = Whole = Integer = Window = SpikeWindow = (
     Minutes
 ) = int
-Share = Chance = Rotated = Positive = NotNegative = Real = Seconds = Wait = Factor = float
+Share = Chance = Portion = Positive = NotNegative = Real = Seconds = Wait = Factor = float
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ RANGES: dict[str, Range] = {
     "Minutes": Range("int", 1, 10_000_000),
     "Share": Range("float", 0.0, 1.0),
     "Chance": Range("float", 0.0, 1.0, below=True),
-    "Rotated": Range("float", 0.0, 1.0, above=True),
+    "Portion": Range("float", 0.0, 1.0, above=True),
     "Positive": Range("float", 0.0, FLOAT32, above=True),
     "NotNegative": Range("float", 0.0, FLOAT32),
     "Real": Range("float", -FLOAT32, FLOAT32),

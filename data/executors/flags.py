@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from megatron_ext.command import number
 from megatron_ext.errors import ConfigError
 
 INSTALL = "pip install -r requirements-data.txt"
@@ -74,7 +75,7 @@ def add_executor_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--tasks-per-job",
-        type=int,
+        type=number("Count"),
         default=1,
         metavar="N",
         help="slurm, ray: shards that one job does one after the other (default 1)",
@@ -87,9 +88,12 @@ def _add_slurm_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--slurm-time", metavar="TIME", help=f"limit of one job (default {SLURM_TIME})"
     )
-    group.add_argument("--slurm-cpus-per-task", type=int, metavar="N", help="default 1")
+    group.add_argument("--slurm-cpus-per-task", type=number("Count"), metavar="N", help="default 1")
     group.add_argument(
-        "--slurm-mem-per-cpu-gb", type=int, metavar="N", help="default: the cluster's default"
+        "--slurm-mem-per-cpu-gb",
+        type=number("Count"),
+        metavar="N",
+        help="default: the cluster's default",
     )
     group.add_argument(
         "--slurm-arg",
@@ -104,7 +108,6 @@ def asked_of(args: argparse.Namespace) -> Asked:
     """The flags, checked as far as that needs no datatrove; sets ``args.workers``."""
     needs_datatrove = bool(args.filter) or args.dedup != "none"
     executor = args.executor or ("local" if needs_datatrove else "")
-    _check_numbers(args)
     _check_slurm(args, executor)
     if executor:
         _check_installed(executor)
@@ -123,14 +126,6 @@ def asked_of(args: argparse.Namespace) -> Asked:
         slurm_mem_per_cpu_gb=args.slurm_mem_per_cpu_gb,
         slurm_args=tuple(_pair(text) for text in args.slurm_arg),
     )
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-    for name in ("workers", "tasks_per_job", "slurm_cpus_per_task", "slurm_mem_per_cpu_gb"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} {value} must be 1 or more", do="leave it out")
 
 
 def _check_slurm(args: argparse.Namespace, executor: str) -> None:

@@ -7,29 +7,30 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_ext.command import CommandLine, number
 from megatron_ext.device import start
 from megatron_ext.errors import exit_on_fatal
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m megatron_ext.checkpoint", description=__doc__)
+    parser = CommandLine("python -m megatron_ext.checkpoint", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("list", help="step, time, size, layout and whether it was read back")
     add.add_argument("folder", type=Path)
     add = commands.add_parser("verify", help="read every byte again; 65 names file and offset")
     add.add_argument("folder", type=Path)
-    add.add_argument("--step", type=int, help="only this one; default: all")
+    add.add_argument("--step", type=number("Whole"), help="only this one; default: all")
     add = commands.add_parser("diff", help="config, layout and every tensor of two checkpoints")
     add.add_argument("folders", type=Path, nargs=2, metavar="step_folder")
     add = commands.add_parser("prune", help="delete old checkpoints")
     add.add_argument("folder", type=Path)
-    add.add_argument("--keep-last", type=int, required=True)
-    add.add_argument("--keep-every", type=int)
+    add.add_argument("--keep-last", type=number("Count"), required=True)
+    add.add_argument("--keep-every", type=number("Count"))
     add.add_argument("--dry-run", action="store_true", help="only say what would go")
     add = commands.add_parser("rehearse", help="load in another layout on forked CPU ranks")
     add.add_argument("folder", type=Path)
     add.add_argument("--layout", required=True, help="as tp2,pp2,vpp2,ep2,etp1,cp1,dp1")
-    add.add_argument("--step", type=int, help="default: the newest")
+    add.add_argument("--step", type=number("Whole"), help="default: the newest")
     return parser
 
 

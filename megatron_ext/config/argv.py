@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_ext.config.flags import Flag, all_flags
-from megatron_ext.config.kinds import EMPTY, Kind
+from megatron_ext.config.kinds import Kind
 from megatron_ext.errors import ConfigError, Violation
+from megatron_ext.ranges import EMPTY
 
 CONTROL: tuple[Flag, ...] = (
     Flag(

@@ -14,10 +14,7 @@ from dataclasses import dataclass
 
 from megatron_ext.config.fields import UNREADABLE
 from megatron_ext.config.mcore_fields import enum_members
-from megatron_ext.ranges import RANGES, Range, real_number, whole_number
-
-EMPTY = "is empty: an unset variable of the shell?"
-"""What is said of a word without a letter, whatever the flag."""
+from megatron_ext.ranges import EMPTY, RANGES, Range, real_number, whole_number
 
 PATTERN_LIMIT = 100_000
 """Longest list a pattern may spell, in entries."""

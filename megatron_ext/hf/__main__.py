@@ -11,15 +11,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_ext.command import CommandLine, number
 from megatron_ext.errors import exit_on_fatal
 
 
 def _flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_ext.hf",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandLine("python -m megatron_ext.hf", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     take = commands.add_parser("import", help="a Hugging Face folder -> a checkpoint and its YAML")
     take.add_argument(
@@ -34,18 +31,20 @@ def _flags() -> argparse.ArgumentParser:
     give = commands.add_parser("export", help="a checkpoint -> a Hugging Face folder")
     give.add_argument("--load", required=True, type=Path, help="folder of checkpoints")
     give.add_argument("--model", required=True, type=Path, help="new folder")
-    give.add_argument("--ckpt-step", type=int, help="default: the newest")
+    give.add_argument("--ckpt-step", type=number("Whole"), help="default: the newest")
     give.add_argument("--architecture", help="model_type; default: the first that fits")
-    give.add_argument("--max-shard-gb", type=float, default=5.0, help="default: 5 (10^9 bytes)")
+    most = "default: 5 (10^9 bytes)"
+    give.add_argument("--max-shard-gb", type=number("Positive"), default=5.0, help=most)
     check = commands.add_parser("check", help="logits of a folder here and in transformers")
     check.add_argument(
         "--model", required=True, type=Path, help="folder with config.json and shards"
     )
     check.add_argument("--layout", default="single", help="a layout's name, as tp2-sp-pp2-ep2")
-    check.add_argument("--tokens", type=int, default=64, help="tokens of a sequence")
-    check.add_argument("--batch", type=int, default=2, help="sequences")
-    check.add_argument("--seed", type=int, default=1234)
-    check.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed")
+    check.add_argument("--tokens", type=number("Size"), default=64, help="tokens of a sequence")
+    check.add_argument("--batch", type=number("Size"), default=2, help="sequences")
+    check.add_argument("--seed", type=number("Seed"), default=1234)
+    largest = "largest difference allowed"
+    check.add_argument("--tolerance", type=number("NotNegative"), default=1e-4, help=largest)
     check.add_argument("--without-mtp", action="store_true", help="as for import")
     return parser
 
@@ -87,8 +86,8 @@ def _check(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse and do one of the three."""
-    args = _flags().parse_args(argv)
     with exit_on_fatal():
+        args = _flags().parse_args(argv)
         code = {"import": _import, "export": _export, "check": _check}[args.command](args)
         raise SystemExit(code or 0)
 

@@ -14,7 +14,6 @@ Parts whose file is missing are left out; only config.yaml and metrics.jsonl mus
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megatron_ext.command import CommandLine
 from megatron_ext.config.sections.parallel import ParallelSection
 from megatron_ext.errors import DataError, exit_on_fatal
 from megatron_ext.mesh.grid import format_grid
@@ -202,15 +202,10 @@ def page(run: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m megatron_ext.observe.summary`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_ext.observe.summary",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandLine("python -m megatron_ext.observe.summary", __doc__)
     parser.add_argument("run", type=Path, help="the run directory, such as runs/quickstart")
-    args = parser.parse_args(argv)
     with exit_on_fatal():
+        args = parser.parse_args(argv)
         print(page(args.run))
 
 

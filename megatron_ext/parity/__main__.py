@@ -14,6 +14,7 @@ import json
 import sys
 import time
 
+from megatron_ext.command import CommandLine, number
 from megatron_ext.config import parse
 from megatron_ext.errors import ConfigError, exit_on_fatal
 from megatron_ext.parity import cases as case_list
@@ -21,12 +22,7 @@ from megatron_ext.parity.cases import Case
 
 
 def _flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_ext.parity",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandLine("python -m megatron_ext.parity", __doc__)
     parser.add_argument("--config", default="configs/parity.yaml", help="the model, a YAML file")
     parser.add_argument(
         "--layouts",
@@ -34,10 +30,13 @@ def _flags() -> argparse.ArgumentParser:
         help="comma-separated names such as tp2-sp-pp2-vpp2-cp2.p2p-dp2-dopt-ep4-etp1-alltoall,"
         " each with +switches of the model; 'small' (12 cases) or 'all' (every pair of features)",
     )
-    parser.add_argument("--max-ranks", type=int, default=16, help="largest layout of 'all'")
+    most = "largest layout of 'all'"
+    parser.add_argument("--max-ranks", type=number("Parts"), default=16, help=most)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--steps", type=int, default=5, help="steps of the loss curve")
-    parser.add_argument("--timeout-s", type=float, default=300, help="longest run of one layout")
+    steps = "steps of the loss curve"
+    parser.add_argument("--steps", type=number("Count"), default=5, help=steps)
+    longest = "longest run of one layout"
+    parser.add_argument("--timeout-s", type=number("Wait"), default=300, help=longest)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--list", action="store_true", help="print the cases and run nothing")
     return parser
@@ -82,8 +81,8 @@ def _check_legal(chosen: list[Case], base: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, report, exit."""
-    args, extra = _flags().parse_known_args(argv)
     with exit_on_fatal():
+        args, extra = _flags().parse_known_args(argv)
         base = _base(args, extra)
         chosen = _choose(args, base)
         _check_legal(chosen, base)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_ext.command import CommandLine, number
 from megatron_ext.config import RunConfig, parse
 from megatron_ext.config.checks.numbers import divisors
 from megatron_ext.costs.cluster import FOLDER, Cluster, load
@@ -32,29 +33,24 @@ COMMANDS = {
 CONFIGS = FOLDER.parent
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError(message, do="see python -m megatron_ext.planner --help")
-
-
 def parser() -> argparse.ArgumentParser:
     """The planner's own options; all others are flags of pretrain_moe.py."""
-    made = _Parser(
-        prog="python -m megatron_ext.planner",
-        allow_abbrev=False,
-        description="Plans a run before it starts: no GPU, no process group. Every flag of"
+    made = CommandLine(
+        "python -m megatron_ext.planner",
+        "Plans a run before it starts: no GPU, no process group. Every flag of"
         " pretrain_moe.py may follow and overrides the file.",
         epilog="\n".join(f"{name:10s} {text}" for name, text in COMMANDS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("command", choices=COMMANDS)
     made.add_argument("--config", help="YAML of a run, or its name in configs/")
     made.add_argument("--cluster", help="YAML of a cluster, or its name in configs/clusters/")
-    made.add_argument("--world-size", type=int, help="ranks")
-    made.add_argument("--imbalance", type=float, default=1.0, help="fullest expert rank over mean")
+    made.add_argument("--world-size", type=number("Parts"), help="ranks")
+    fullest = "fullest expert rank over mean"
+    made.add_argument("--imbalance", type=number("Positive"), default=1.0, help=fullest)
     made.add_argument("--rejected", action="store_true", help="layouts: the others and their rule")
-    made.add_argument("--limit", type=int, default=50, help="most lines of a list")
-    made.add_argument("--memory-gb", type=float, help="search: memory of a rank (the cluster's)")
+    made.add_argument("--limit", type=number("Whole"), default=50, help="most lines of a list")
+    room = "search: memory of a rank (the cluster's)"
+    made.add_argument("--memory-gb", type=number("Positive"), help=room)
     made.add_argument("--svg", help="time: write a picture of the timeline")
     made.add_argument("--sbatch", help="search: write an sbatch file")
     made.add_argument("--rank-order", help="time: write the best order of ranks")
@@ -72,8 +68,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if own.imbalance < 1:
         raise ConfigError(f"--imbalance {own.imbalance:g} must be at least 1", do="use 1.0")
-    if own.world_size is not None and own.world_size < 1:
-        raise ConfigError(f"--world-size {own.world_size} must be at least 1", do="use 1 or more")
     cluster = None if own.cluster is None else load(own.cluster)
     world = own.world_size or 1
     if cluster and cluster.size is not None and world > cluster.size:

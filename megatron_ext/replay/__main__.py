@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.command import CommandLine, number
 from megatron_ext.config import RunConfig, parse
 from megatron_ext.device import start
 from megatron_ext.errors import ConfigError, Fatal, exit_on_fatal, report
@@ -26,13 +27,10 @@ TIMEOUT_S = 7 * 24 * 3600
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_ext.replay",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandLine("python -m megatron_ext.replay", __doc__)
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--step", type=int, required=True, help="the step to look at")
+    looked_at = "the step to look at"
+    parser.add_argument("--step", type=number("Whole"), required=True, help=looked_at)
     parser.add_argument(
         "--from-start", action="store_true", help="from the initial weights, not a checkpoint"
     )
@@ -72,11 +70,11 @@ def _forked(cfg: RunConfig, asked: Any) -> list[tuple[int, Any]]:
 def _show(replayed: Any, step: int, kept: dict[int, dict[str, Any]]) -> int:
     """Print what came out; 1 where a step is not what it was."""
     differ = {n: records.differences(v, kept.get(n)) for n, v in replayed.steps.items()}
-    for number, found in differ.items():
+    for one, found in differ.items():
         for text in found:
-            print(f"step {number}: {text}")
-    compared = [number for number in replayed.steps if number in kept]
-    equal = [number for number in compared if not differ[number]]
+            print(f"step {one}: {text}")
+    compared = [one for one in replayed.steps if one in kept]
+    equal = [one for one in compared if not differ[one]]
     print(
         f"replayed to step {step} from {replayed.source}: {len(equal)} of {len(compared)} recorded"
         f" steps are equal bit for bit ({', '.join(records.COMPARED)})"

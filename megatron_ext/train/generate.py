@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 PAD_MULTIPLE = 64
+COLDEST = 1e-30
+"""Least temperature that float32 divides by."""
 
 
 def choose(
@@ -25,7 +27,8 @@ def choose(
     """
     if temperature == 0:
         return int(logits_V.argmax())
-    scores = logits_V.float() / temperature
+    logits_V = logits_V.float()
+    scores = (logits_V - logits_V.max()) / max(temperature, COLDEST)
     if top_k > 0:
         kth = torch.topk(scores, min(top_k, len(scores))).values[-1]
         scores = scores.masked_fill(scores < kth, float("-inf"))

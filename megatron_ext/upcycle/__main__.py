@@ -11,29 +11,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_ext.command import CommandLine, number
 from megatron_ext.errors import exit_on_fatal
 
 
 def _flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_ext.upcycle",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandLine("python -m megatron_ext.upcycle", __doc__)
     parser.add_argument("--load", required=True, type=Path, help="folder of dense checkpoints")
     parser.add_argument("--save", required=True, type=Path, help="new folder")
-    parser.add_argument("--ckpt-step", type=int, help="default: the newest")
-    parser.add_argument(
-        "--moe-upcycling-granularity", type=int, help="experts per copy of the dense layer"
-    )
+    parser.add_argument("--ckpt-step", type=number("Whole"), help="default: the newest")
+    parts = "experts per copy of the dense layer"
+    parser.add_argument("--moe-upcycling-granularity", type=number("Parts"), help=parts)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse and convert."""
-    args, options = _flags().parse_known_args(argv)
     with exit_on_fatal():
+        args, options = _flags().parse_known_args(argv)
         from megatron_ext.device import start
 
         start("cpu")

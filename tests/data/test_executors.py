@@ -221,7 +221,7 @@ def test_other_filters_are_other_settings(tmp_path, jsonl, bpe_path):
         (["--filter", "regex:("], "is no regular expression", "correct it"),
         (["--filter", "c4-paragraph:x=1"], "has no setting x", "leave it out"),
         (["--filter", "gopher-quality", "--words", "klingon"], "is no language", "whitespace"),
-        (["--executor", "local", "--workers", "0"], "--workers 0 must be 1 or more", "leave"),
+        (["--executor", "local", "--workers", "0"], "--workers 0 must be at least 1", "use 1"),
         (["--slurm-partition", "gpu"], "is for --executor slurm", "add it"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_ext.ranges import Parts, Positive, Rotated, Size
+from megatron_ext.ranges import Parts, Portion, Positive, Size
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ModelSection:
     rotary_base: Size = 10000
     """Base of the rotary frequencies."""
 
-    rotary_percent: Rotated = 1.0
+    rotary_percent: Portion = 1.0
     """Share of each head that is rotated, 0 to 1."""
 
     rotary_seq_len_interpolation_factor: Size | None = None

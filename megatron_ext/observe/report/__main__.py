@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from megatron_ext.command import CommandLine
 from megatron_ext.errors import DiskError, exit_on_fatal
 from megatron_ext.observe.report.compose import compose
 from megatron_ext.observe.report.gather import gather
@@ -25,16 +25,15 @@ def write(text: str, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_ext.observe.report",
-        description="One HTML page of a run: curves, experts, time, memory, flags, events.",
-        allow_abbrev=False,
+    parser = CommandLine(
+        "python -m megatron_ext.observe.report",
+        "One HTML page of a run: curves, experts, time, memory, flags, events.",
     )
     parser.add_argument("run", type=Path, help="the run directory, such as runs/quickstart")
     parser.add_argument("--compare", type=Path, help="another run, shown beside it")
     parser.add_argument("--out", type=Path, help="the page; default: RUN/report.html")
-    args = parser.parse_args(argv)
     with exit_on_fatal():
+        args = parser.parse_args(argv)
         runs = [gather(run) for run in (args.run, args.compare) if run is not None]
         out = args.out or args.run / "report.html"
         text = compose(runs)
