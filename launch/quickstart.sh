@@ -61,11 +61,8 @@ headline 3 "training on $ranks ranks"
 if ((step >= first_target)); then
   say "already trained: $run/checkpoints holds step $step"
   more=$more_steps
-elif ((step > 0)); then
-  say "an earlier training stopped after step $step: going on"
-  train --load "$run/checkpoints"
-  more=$resume_steps
 else
+  ((step == 0)) || say "an earlier training stopped after step $step: going on"
   train
   more=$resume_steps
 fi

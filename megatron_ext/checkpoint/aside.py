@@ -74,7 +74,7 @@ def abandon_later(directory: Path, step: int) -> list[int]:
     for later in gone:
         name = folder.step_name(later)
         old = _new(directory / name)
-        os.rename(directory / name, old)
         Ledger(directory).add("abandoned", later, to=old.name)
+        os.rename(directory / name, old)
     folder.sync(directory)
     return gone
