@@ -257,8 +257,11 @@ class _Plan:
         )
 
     def _is_complete(self, step: int) -> bool:
-        end = {"step": step, **asked_length(self.cfg.train)}
-        return self.known.finished == end and not self.cfg.train.eval_only
+        """All steps were done up to a length that is no less than the one asked for."""
+        done, asked = self.known.finished or {}, asked_length(self.cfg.train)
+        units = [name for name, length in asked.items() if length is not None]
+        is_long_enough = units and all((done.get(name) or 0) >= asked[name] for name in units)
+        return done.get("step") == step and bool(is_long_enough) and not self.cfg.train.eval_only
 
     def _signed(self, run: Identity, origin: Mapping[str, Any] = DEFAULT_START) -> Identity:
         """With what this start adds."""

@@ -186,6 +186,7 @@ def test_a_complete_run_has_nothing_to_do(run):
     done = {"step": 5, "train_iters": 5, "train_samples": None}
     run.begin(step=5, finished=done)
     assert run.plan().is_complete and "complete at step 5" in run.plan().told(run.cfg())
+    assert run.plan("--train-iters", "4").is_complete
     assert not run.plan("--train-iters", "9").is_complete
     assert not run.plan("--eval-only").is_complete
 
