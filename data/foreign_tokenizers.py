@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from data import piece_bytes
-from data.sentencepiece_model import read_model_file
+from data.sentencepiece_model import library_errors, read_model_file
 from megatron_ext.errors import ConfigError, DataError
 
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<eod>")
 TIKTOKEN_SPECIALS = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
 """Megatron-LM's first special ids of a JSON vocabulary; the others are called <SPECIAL_i>."""
 TIKTOKEN_MAX_VOCAB = 2**17
+BYTES_OF_UTF8 = (*range(0xC0), *range(0xC2, 0xF5))
 LONGEST_SPACE = 100_000
 """Characters of white space in a row from which tiktoken's own way of cutting is not taken."""
 TIKTOKEN_PATTERNS = {
@@ -85,17 +86,11 @@ class HuggingFaceTokenizer:
             ) from None
         path = model / "tokenizer.json" if model.is_dir() else model
         content = read_model_file(path)
-        try:
+        do = "name a folder with tokenizer.json (the slow formats are converted by "
+        with library_errors("not a tokenizer.json", do + "AutoTokenizer.save_pretrained)", path):
             self.tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:  # the Rust side raises a bare Exception
-            raise DataError(
-                f"not a tokenizer.json: {error}",
-                do="name a folder with tokenizer.json (the slow "
-                "formats are converted by AutoTokenizer.save_pretrained)",
-                path=path,
-            ) from None
-        changed = only_the_text(self.tokenizer)
-        self._describe(changed + content, beside=path.parent)
+            changed = only_the_text(self.tokenizer)
+            self._describe(changed + content, beside=path.parent)
 
     def _describe(self, content: bytes, beside: Path) -> None:
         """Fills the fields of the protocol from ``self.tokenizer``."""
@@ -136,17 +131,12 @@ class GPT2BPETokenizer(HuggingFaceTokenizer):
         except ImportError:
             raise missing_package("GPT2BPETokenizer", "tokenizers", "tokenizers==0.23.3") from None
         content = read_model_file(vocab_file) + read_model_file(merge_file)
-        try:
+        do = "name vocab.json and merges.txt"
+        with library_errors("not a GPT-2 vocabulary", do, vocab_file):
             self.tokenizer = Tokenizer(models.BPE.from_file(str(vocab_file), str(merge_file)))
-        except Exception as error:  # the Rust side raises a bare Exception
-            raise DataError(
-                f"not a GPT-2 vocabulary: {error}",
-                do="name vocab.json and merges.txt",
-                path=vocab_file,
-            ) from None
-        self.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        self.tokenizer.decoder = decoders.ByteLevel()
-        self._describe(content, beside=vocab_file.parent)
+            self.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            self.tokenizer.decoder = decoders.ByteLevel()
+            self._describe(content, beside=vocab_file.parent)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, eod silent."""
@@ -232,13 +222,22 @@ class TikTokenizer:
             specials = {"<|endoftext|>": max(ranks.values()) + 1}
         self.eod = specials["</s>" if is_json else "<|endoftext|>"]
         self.bos: int | None = specials.get("<s>")
+        missing = [byte for byte in BYTES_OF_UTF8 if bytes([byte]) not in ranks]
+        if missing:  # tiktoken would panic on a text with one
+            raise DataError(
+                f"not a tiktoken vocabulary: {len(missing)} of the {len(BYTES_OF_UTF8)} bytes of "
+                f"UTF-8 have no rank, 0x{missing[0]:02X} for one",
+                do="give one that is whole",
+                path=model,
+            )
         self._specials = set(specials.values())
-        self.tokenizer = tiktoken.Encoding(
-            model.stem,
-            pat_str=TIKTOKEN_PATTERNS[pattern],
-            mergeable_ranks=ranks,
-            special_tokens=specials,
-        )
+        with library_errors("not a tiktoken vocabulary", "give one that is whole", model):
+            self.tokenizer = tiktoken.Encoding(
+                model.stem,
+                pat_str=TIKTOKEN_PATTERNS[pattern],
+                mergeable_ranks=ranks,
+                special_tokens=specials,
+            )
         self.vocab_size = self.tokenizer.n_vocab
         sizes = piece_bytes.of_bytes(ranks, self.vocab_size)
         borders = (self.eod,) if self.bos is None else (self.eod, self.bos)

@@ -15,12 +15,13 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from data import piece_bytes
 from data.piece_bytes import SPACE_MARK
 from data.storage import atomic_file
-from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.errors import ConfigError, DataError, Fatal
 
 RESERVED_IN_TRAINING = re.compile("[\t\u2581\u2585]")
 """Sentencepiece drops training lines with its own marks (tab, space, unknown): cut the lines there
@@ -109,14 +110,13 @@ class SentencePieceTokenizer:
 
     def __init__(self, model: Path, add_bos: bool = False):
         content = read_model_file(model)
-        try:
+        do = "name a .model file that python -m data.tokenizer train or sentencepiece wrote"
+        with library_errors("not a sentencepiece model", do, model):
             self.processor = require_sentencepiece().SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
-            raise DataError(
-                f"not a sentencepiece model: {error}",
-                do="name a .model file that python -m data.tokenizer train or sentencepiece wrote",
-                path=model,
-            ) from None
+            self._describe(content, model, add_bos)
+
+    def _describe(self, content: bytes, model: Path, add_bos: bool) -> None:
+        """Fills the fields of the protocol from ``self.processor``."""
         self.vocab_size: int = self.processor.vocab_size()
         bos = self.processor.bos_id()
         self.bos: int | None = bos if bos >= 0 else None
@@ -218,3 +218,16 @@ def read_model_file(path: Path) -> bytes:
             "--tokenizer-model is an empty file", do="name the tokenizer's file", path=path
         )
     return content
+
+
+@contextmanager
+def library_errors(what: str, do: str, path: Path) -> Iterator[None]:
+    """Turns what a library raises on a file into a `DataError`: the Rust side raises a bare
+    Exception, and where it panics no Exception at all.
+    """
+    try:
+        yield
+    except (Fatal, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise DataError(f"{what}: {error}", do=do, path=path) from None

@@ -298,6 +298,50 @@ def test_bad_files_are_one_error(tmp_path, kind, content):
     assert str(path) in str(caught.value)
 
 
+def damaged(content: bytes, number: int) -> bytes:
+    """The content with some bytes set, taken out, put in, or the end cut."""
+    chance = random.Random(number)
+    at, some = chance.randrange(len(content)), bytes(chance.randrange(256) for _ in range(9))
+    ways = [
+        content[:at] + some[:1] + content[at + 1 :],
+        content[:at] + content[at + 30 :],
+        content[:at] + some + content[at:],
+        content[:at] + b" ",
+    ]
+    return ways[number % len(ways)]
+
+
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer"])
+def test_damaged_files_are_refused_or_encode(tmp_path, texts, bpe_path, kind):
+    """No damage is an error of another kind, the panic of a library included."""
+    bytelevel(tmp_path, texts)
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in ranks()]
+    (tmp_path / "v").write_text("\n".join(lines))
+    sources = {"SentencePieceTokenizer": bpe_path, "HuggingFaceTokenizer": "tokenizer.json"}
+    content = (tmp_path / sources.get(kind, "v")).read_bytes()
+    refused = 0
+    for number in range(120):
+        (tmp_path / "damaged").write_bytes(damaged(content, number))
+        try:
+            build_tokenizer(kind, tmp_path / "damaged").encode("Hello \u4f60\u597d")
+        except DataError:
+            refused += 1
+    assert refused > 30
+
+
+def test_a_panic_of_a_library_is_one_error(tmp_path, texts, monkeypatch):
+    class Panic(BaseException):
+        """As pyo3 raises it."""
+
+    def panics(tokenizer):
+        raise Panic("range end index out of range")
+
+    bytelevel(tmp_path, texts)
+    monkeypatch.setattr(foreign_tokenizers, "only_the_text", panics)
+    with pytest.raises(DataError, match="not a tokenizer.json: range end"):
+        build_tokenizer("HuggingFaceTokenizer", tmp_path)
+
+
 def test_usage_errors():
     with pytest.raises(ConfigError, match="is not known here"):
         build_tokenizer("BertWordPieceCase", "x")
