@@ -26,7 +26,7 @@ class Verdict:
     """What a hang is, for people and for programs."""
 
     ranks: tuple[int, ...]
-    kind: str  # "silent", "busy", "missed", "different", "together"
+    kind: str  # "silent", "busy", "missed", "different", "together", "link"
     text: str
     collective: str = ""
 

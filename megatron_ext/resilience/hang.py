@@ -60,6 +60,14 @@ def claim(logs: Path, token: int, leader: int, verdict: Verdict) -> bool:
     return True
 
 
+def rewrite(logs: Path, verdict: Verdict) -> None:
+    """The leader knows more by now."""
+    flag = flag_path(logs)
+    temporary = flag.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(json.loads(flag.read_text()) | asdict(verdict)) + "\n")
+    os.replace(temporary, flag)
+
+
 def collect_stacks(
     logs: Path, host: str, beats: Mapping[int, Heartbeat], silent: Mapping[int, str]
 ) -> None:
@@ -90,10 +98,13 @@ def hang_error(
     """What the run ends with (78)."""
     odd = verdict.ranks[0]
     where = f"; rank {odd} is on host {beats[odd].host}" if odd in beats else ""
+    do = "look at the stacks in hang.txt, then start again with --load (without that node where a"
+    do += " process was stopped or gone)"
+    if verdict.kind == "link":
+        where, do = "", "look at the network between them, then start again with --load"
     error = HangError(
         f"no progress for {limit_s:g} s (--hang-limit-s): {verdict.text}{where}",
-        do="look at the stacks in hang.txt, then start again with --load (without that node"
-        " where a process was stopped or gone)",
+        do=do,
         path=text_path(logs),
     )
     error.step = max((beat.step for beat in beats.values()), default=None)

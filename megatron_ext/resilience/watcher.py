@@ -8,7 +8,8 @@ same from outside the ranks, for the case that all are stopped.
 
     1  the leader asks the ranks of its host for their stacks (`stacks`); ranks of other hosts see
        hang.json and write their own
-    2  `diagnose` names the odd rank, RUN/logs/hang.txt gets the text and the clusters of stacks
+    2  `diagnose` names the odd rank, `links` those that no longer hear each other, and hang.txt
+       gets the text and the clusters of stacks
     3  one FATAL 78 line, exit_reason.json, exit with 78; the others see hang.txt and leave, too
     4  a shell that outlives the leader by a second kills what is left on its host: SIGKILL reaches
        stopped processes. Launchers do the same over hosts
@@ -28,10 +29,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_ext.errors import HangError, note_exit_reason, report
-from megatron_ext.resilience import clocks, hang, heartbeat, stacks
+from megatron_ext.resilience import clocks, hang, heartbeat, links, stacks
 from megatron_ext.resilience.clocks import Clocks, Limits, is_alive
 from megatron_ext.resilience.diagnose import diagnose
 from megatron_ext.resilience.heartbeat import Heartbeat
@@ -115,7 +117,9 @@ class Watcher:
         """Another rank leads: write the stack, say nothing more, leave when it has written."""
         sys.stderr = io.StringIO()  # connections break now: one FATAL line for all ranks is enough
         path, text = stacks.stack_path(self._logs, self._rank), hang.text_path(self._logs)
-        deadline = time.monotonic() + stacks.WAIT_S + 2
+        with suppress(OSError):
+            links.write_own(self._logs, self._rank, self._token)
+        deadline = time.monotonic() + stacks.WAIT_S + links.WAIT_S + 2
         while time.monotonic() < deadline and not text.exists():
             time.sleep(0.02)
         if not path.exists() or not path.stat().st_size:
@@ -135,8 +139,12 @@ class Watcher:
             return
         try:
             self._write_own_stack()
+            links.write_own(self._logs, self._rank, self._token)
             others = {rank: beat for rank, beat in beats.items() if rank != self._rank}
             hang.collect_stacks(self._logs, self._host, others, silent)
+            found = links.read_all(self._logs, set(beats) - set(silent), self._token)
+            verdict = links.name_cut(verdict, found, beats)
+            hang.rewrite(self._logs, verdict)
             error = hang.hang_error(self._logs, verdict, beats, self._limits.normal)
             note_exit_reason(error, verdict.ranks[0])
             report(error, verdict.ranks[0])
