@@ -42,6 +42,9 @@ class TokenBatch:
     """int64: the token after each input."""
     loss_mask_BS: torch.Tensor
     """float32: 0 where the loss does not count."""
+    own_mask_BS: torch.Tensor
+    """float32: the loss mask, and 0 where a rule for document ends is on and the label is another
+    document's: what a loss that looks further ahead must not cross."""
     position_ids_BS: torch.Tensor
     """int64: 0 to S-1, or from 0 in each document (--reset-position-ids)."""
     document_ids_BS: torch.Tensor | None
@@ -80,18 +83,20 @@ def make_batch(dataset: Dataset, sample_ids: Sequence[int]) -> TokenBatch:
     )
     samples = np.stack(rows)
     tokens, labels = samples[:, :-1], samples[:, 1:]
-    documents = positions = None
-    if rules.reset_attention_mask or rules.reset_position_ids:
-        documents = document_numbers(tokens, list(starts), rules.eod)
+    mask = (tokens != rules.eod) if rules.eod_mask_loss else np.ones(tokens.shape, dtype=bool)
+    own, documents, positions = mask, None, None
+    if rules.reset_attention_mask or rules.reset_position_ids or rules.eod_mask_loss:
+        of_samples = document_numbers(samples, list(starts), rules.eod)
+        documents, own = of_samples[:, :-1], mask & (of_samples[:, 1:] == of_samples[:, :-1])
     if rules.reset_position_ids:
         positions = positions_in_documents(documents)
     else:
         positions = np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(tokens), 1))
-    mask = (tokens != rules.eod) if rules.eod_mask_loss else np.ones(tokens.shape, dtype=bool)
     return TokenBatch(
         tokens_BS=torch.from_numpy(tokens.copy()),
         labels_BS=torch.from_numpy(labels.copy()),
         loss_mask_BS=torch.from_numpy(mask.astype(np.float32)),
+        own_mask_BS=torch.from_numpy(own.astype(np.float32)),
         position_ids_BS=torch.from_numpy(positions),
         document_ids_BS=torch.from_numpy(documents) if rules.reset_attention_mask else None,
         sample_ids_B=torch.tensor(list(sample_ids), dtype=torch.int64),

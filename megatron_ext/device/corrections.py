@@ -157,10 +157,14 @@ def reduce_scatter_of_uneven_pieces() -> None:
     mappings._reduce_scatter_along_first_dim = reduce_scatter
 
 
-def future_tokens_of_all_context_ranks() -> None:
-    """The multi-token-prediction loss divides a cp rank's sum by its own number of tokens, which
-    differs from rank to rank (the sequence's last token has no future; masks): divide by the mean
-    over cp, so that the average over dp x cp is the loss of the whole sequence.
+def future_tokens_of_the_own_document() -> None:
+    """The mask of the multi-token-prediction losses moves with the labels and forgets what it has
+    passed, so that depth k trains token t on token t + k + 1 of another document: a target counts
+    where no place from t to it is masked. Depth by depth: mask_k[t] = mask_k-1[t] mask_k-1[t + 1].
+
+    The loss also divides a cp rank's sum by its own number of tokens, which differs from rank to
+    rank: divide by the mean over cp, so that the average over dp x cp is the loss of the whole
+    sequence; and by 1 where nothing counts.
     """
     from megatron.core.models.gpt import gpt_model
 
@@ -168,12 +172,14 @@ def future_tokens_of_all_context_ranks() -> None:
 
     def roll(tensor, shifts=-1, dims=-1, cp_group=None, packed_seq_params=None):
         rolled, total = stock(tensor, shifts, dims, cp_group, packed_seq_params)
-        is_mask = tensor.is_floating_point()
-        if is_mask and cp_group is not None and cp_group.size() > 1:
-            total = total.clone()
+        if not tensor.is_floating_point():
+            return rolled, total
+        joined = rolled * tensor
+        total = joined.sum()
+        if cp_group is not None and cp_group.size() > 1:
             torch.distributed.all_reduce(total, group=cp_group)
             total = total / cp_group.size()
-        return rolled, total
+        return joined, torch.where(total > 0, total, torch.ones_like(total))
 
     gpt_model.roll_tensor = roll
 
@@ -207,7 +213,7 @@ def apply(kind: str) -> None:
     latent_attention_without_transformer_engine()
     recompute_without_fp8()
     expert_bias_of_layers_that_differ()
-    future_tokens_of_all_context_ranks()
+    future_tokens_of_the_own_document()
     if kind == "cpu":
         split_sizes_as_lists()
         random_state_of_the_cpu()

@@ -54,7 +54,7 @@ class StepResult:
     mean_step_s: float = 0.0  # of the step before, mean over ranks
 
 
-OF_EACH_TOKEN = ("tokens_BS", "labels_BS", "loss_mask_BS", "position_ids_BS")
+OF_EACH_TOKEN = ("tokens_BS", "labels_BS", "loss_mask_BS", "own_mask_BS", "position_ids_BS")
 """What a cp rank holds for its own tokens only; document ids stay whole, for the mask."""
 
 
@@ -119,7 +119,7 @@ def forward_step(batches: Iterator, model: nn.Module, *_, num_domains: int = 0):
         position_ids=batch.position_ids_BS,
         attention_mask=batch.document_ids_BS,
         labels=batch.labels_BS,
-        loss_mask=batch.loss_mask_BS,
+        loss_mask=batch.own_mask_BS,  # of the multi-token-prediction losses; the lm loss has its own
     )
     entering("backward")
     is_per_token = get_model_config(model).calculate_per_token_loss

@@ -48,7 +48,7 @@ LAYOUTS = {
         "",
     ),
     "unequal masks, per-token loss": (2, CP2, f"--calculate-per-token-loss {MASKED}"),
-    "unequal masks, multi-token prediction": (2, CP2, f"--mtp-num-layers 1 {MASKED}"),
+    "unequal masks, multi-token prediction": (2, CP2, f"--mtp-num-layers 2 {MASKED}"),
     "latent attention": (2, f"{CP2} --cp-comm-type p2p a2a all_gather a2a", MLA),
     "window and sinks": (2, f"{CP2} --cp-comm-type p2p a2a all_gather a2a", SINKS),
 }

@@ -46,6 +46,7 @@ def _batch(cfg):
         tokens_BS=mine[:, :-1].contiguous(),
         labels_BS=mine[:, 1:].contiguous(),
         loss_mask_BS=torch.ones(size, 64),
+        own_mask_BS=torch.ones(size, 64),
         position_ids_BS=torch.arange(64).expand(size, -1),
         document_ids_BS=None,
         sample_ids_B=torch.arange(size),

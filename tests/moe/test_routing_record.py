@@ -65,6 +65,7 @@ def _micro_batches(size: int):
                 tokens_BS=tokens[mine, :-1].contiguous(),
                 labels_BS=tokens[mine, 1:].contiguous(),
                 loss_mask_BS=torch.ones(size, SEQ),
+                own_mask_BS=torch.ones(size, SEQ),
                 position_ids_BS=torch.arange(SEQ).expand(size, -1),
                 document_ids_BS=None,
                 sample_ids_B=ids,
