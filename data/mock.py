@@ -47,6 +47,10 @@ class MockDataset:
     def __len__(self) -> int:
         return self.num_samples
 
+    def lengthen(self, num_samples: int) -> None:
+        """From now on `num_samples` long."""
+        self.num_samples = num_samples
+
     def sample(self, index: int) -> tuple[np.ndarray, int]:
         """(int64 [seq_length + 1], domain 0)."""
         tokens, domain, _ = self.sample_with_starts(index)

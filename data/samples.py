@@ -27,6 +27,10 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
+    def lengthen(self, num_samples: int) -> None:
+        """From now on `num_samples` long, more or fewer: no sample changes."""
+        ...
+
     def sample(self, index: int) -> tuple[np.ndarray, int]:
         """(int64 [seq_length + 1], domain id) of a sample id."""
         ...
@@ -155,6 +159,13 @@ class BlendedDataset:
     def open(self) -> None:
         """Gives each member the number of samples that it serves."""
         self.spread(lambda member, count: setattr(member, "num_samples", max(1, count)))
+
+    def lengthen(self, num_samples: int) -> None:
+        """From now on `num_samples` long, and its members with it."""
+        if num_samples != self.num_samples:
+            self.num_samples = num_samples
+            self.__dict__.pop("period", None)  # cut to the length
+            self.open()
 
     def spread(self, action: Callable[[PackedDataset, int], None]) -> None:
         """Calls ``action(member, samples it gives)`` for each member."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from megatron_ext.config import RunConfig
 from megatron_ext.config.stages import Chunk
+from megatron_ext.config.steps import end_of
 from megatron_ext.costs.flops import model_flops_per_token
 from megatron_ext.costs.parameters import count_parameters, moe_pattern, padded_vocab_size
 from megatron_ext.mesh.grid import format_grid
@@ -103,10 +104,12 @@ def _batch(cfg: RunConfig) -> str:
     if train.rampup_batch_size:
         start, step, samples = train.rampup_batch_size
         text += f"; ramp from {start} by {step} over {samples} samples"
-    steps = train.train_iters
-    if steps is None and train.train_samples is not None and not train.rampup_batch_size:
-        steps = train.train_samples // batch
-    return text + (f"; {steps} steps, {short(steps * tokens)} tokens" if steps is not None else "")
+    if train.train_iters is None and train.train_samples is None:
+        return text
+    end = end_of(train, micro * dp)
+    left = (train.train_samples or end.samples) - end.samples
+    text += f"; {end.step} steps, {short(end.samples * cfg.model.seq_length)} tokens"
+    return text + (f"; the last {left} samples fill no batch and are not read" if left else "")
 
 
 def loss_lines(cfg: RunConfig) -> list[str]:

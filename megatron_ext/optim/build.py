@@ -9,6 +9,7 @@ differ) behind one ChainedOptimizer, holds fp32 masters for 16-bit weights, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.optimizer import (
@@ -62,45 +63,73 @@ def _update_in_one_pass(leaf: MegatronOptimizer) -> None:
     leaf._copy_main_params_to_model_params = lambda: None  # done, tile by tile
 
 
-def _lengths(cfg: RunConfig) -> tuple[int, int, int | None]:
-    """(warm-up, decay, last WSD phase) in samples."""
+class _Lengths(NamedTuple):
+    """In samples, as the scheduler counts."""
+
+    warmup: float
+    decay: int
+    wsd: int | None
+    weight_decay: int
+
+
+def _lengths(cfg: RunConfig, step: int = 0, consumed_samples: int = 0) -> _Lengths:
+    """Lengths of the schedule of a run that is at (`step`, `consumed_samples`). Flags in steps mean
+    steps: behind a resume with another batch the steps before it keep the samples that they had,
+    on average.
+    """
     schedule, train = cfg.schedule, cfg.train
-    batch = train.global_batch_size
     if train.train_samples is not None:
         warmup = schedule.lr_warmup_samples
         decay = schedule.lr_decay_samples or train.train_samples
-        wsd = schedule.lr_wsd_decay_samples
+        wsd, total = schedule.lr_wsd_decay_samples, train.train_samples
     else:
-        warmup = schedule.lr_warmup_iters * batch
-        decay = (schedule.lr_decay_iters or train.train_iters) * batch
-        wsd = schedule.lr_wsd_decay_iters
-        wsd = None if wsd is None else wsd * batch
+
+        def samples(steps: int) -> int:
+            if steps < step:
+                return round(consumed_samples * steps / step)
+            return consumed_samples + (steps - step) * train.global_batch_size
+
+        last = schedule.lr_decay_iters or train.train_iters
+        warmup, decay = samples(schedule.lr_warmup_iters), samples(last)
+        wsd, total = schedule.lr_wsd_decay_iters, samples(train.train_iters)
+        wsd = None if wsd is None else decay - samples(last - wsd)
     if schedule.lr_warmup_fraction is not None:
         warmup = schedule.lr_warmup_fraction * decay
-    return warmup, decay, wsd
+    return _Lengths(warmup, decay, wsd, total)
+
+
+def fit_schedule(cfg: RunConfig, scheduler: OptimizerParamScheduler, progress: Any) -> None:
+    """After a load: the lengths of a schedule that is the flags' own, not the checkpoint's, for a
+    run at `progress` (checkpoint.state.Progress) whose batch may have been another before.
+    """
+    if not cfg.schedule.override_opt_param_scheduler:
+        return
+    found = _lengths(cfg, progress.step, progress.consumed_samples)
+    scheduler.lr_warmup_steps, scheduler.lr_decay_steps = found.warmup, found.decay
+    scheduler.wsd_decay_steps, scheduler.wd_incr_steps = found.wsd, found.weight_decay
+    scheduler.step(0)
 
 
 def build_scheduler(cfg: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Warm-up, then constant, linear, cosine, inverse-square-root or WSD; `step(increment=samples)`
     moves it.
     """
-    schedule, train = cfg.schedule, cfg.train
-    warmup, decay, wsd = _lengths(cfg)
-    total = train.train_samples or (train.train_iters or 0) * train.global_batch_size
+    schedule = cfg.schedule
+    lengths = _lengths(cfg)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=schedule.lr_warmup_init,
         max_lr=schedule.lr,
         min_lr=schedule.min_lr,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=decay,
+        lr_warmup_steps=lengths.warmup,
+        lr_decay_steps=lengths.decay,
         lr_decay_style=schedule.lr_decay_style,
         start_wd=schedule.start_weight_decay,
         end_wd=schedule.end_weight_decay,
-        wd_incr_steps=total,
+        wd_incr_steps=lengths.weight_decay,
         wd_incr_style=schedule.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=schedule.use_checkpoint_opt_param_scheduler,
         override_opt_param_scheduler=schedule.override_opt_param_scheduler,
-        wsd_decay_steps=wsd,
+        wsd_decay_steps=lengths.wsd,
         lr_wsd_decay_style=schedule.lr_wsd_decay_style,
     )

@@ -16,16 +16,16 @@ from megatron.core import parallel_state
 from data.loader import MicroBatches
 from data.skip import parse_ranges
 from data.text_bytes import TextBytes
-from megatron_ext.checkpoint.state import sync_weights
+from megatron_ext.checkpoint.state import Progress, sync_weights
 from megatron_ext.checkpoint.tiers import STORE
-from megatron_ext.config import RunConfig
+from megatron_ext.config import RunConfig, steps
 from megatron_ext.device import current_device
 from megatron_ext.errors import during_step
 from megatron_ext.observe.observers import Observers
+from megatron_ext.optim.build import fit_schedule
 from megatron_ext.resilience import replicas
 from megatron_ext.resilience.guard import Guard
 from megatron_ext.resilience.watch import current, entering
-from megatron_ext.train import batch_size
 from megatron_ext.train.evaluate import evaluate
 from megatron_ext.train.observed import Observed
 from megatron_ext.train.step import StepResult, prepare_config, to_device, train_step
@@ -46,26 +46,16 @@ class Run:
     flops_per_token: float
 
 
-def total_steps(train) -> int:
-    """Steps of the whole run: --train-iters, or as many as --train-samples fill."""
-    if train.train_iters is not None:
-        return train.train_iters
-    steps = consumed = 0
-    while consumed < train.train_samples:
-        consumed += batch_size.global_batch_size(
-            consumed, train.global_batch_size, train.rampup_batch_size
-        )
-        steps += 1
-    return steps
-
-
-def num_samples(train, num_steps: int) -> tuple[int, int, int]:
-    """Samples that training, validation and test read."""
-    training = train.train_samples or batch_size.samples_of_steps(
-        num_steps, train.global_batch_size, train.rampup_batch_size
-    )
+def num_samples(train, multiple: int) -> tuple[int, int, int]:
+    """Samples that training, validation and test of a whole run read."""
     evaluation = train.eval_iters * train.global_batch_size
-    return training, evaluation, evaluation
+    return steps.end_of(train, multiple).samples, evaluation, evaluation
+
+
+def end_of(cfg: RunConfig, progress: Progress) -> steps.End:
+    """Where the run ends that is at `progress`."""
+    multiple = cfg.train.micro_batch_size * parallel_state.get_data_parallel_world_size()
+    return steps.end_of(cfg.train, multiple, progress.step, progress.consumed_samples)
 
 
 def _record(run: Run, result: StepResult, seconds: float, batch: int) -> dict[str, Any]:
@@ -122,13 +112,7 @@ def _batch_size(run: Run) -> tuple[int, int]:
     """(samples, micro-batches of each dp rank) of the next global batch."""
     train, progress = run.cfg.train, run.state.progress
     multiple = train.micro_batch_size * parallel_state.get_data_parallel_world_size()
-    batch = batch_size.global_batch_size(
-        progress.consumed_samples,
-        train.global_batch_size,
-        train.rampup_batch_size,
-        multiple,
-        train.decrease_batch_size_if_needed,
-    )
+    batch = steps.size(train, multiple, progress.consumed_samples)
     return batch, batch // multiple
 
 
@@ -196,8 +180,12 @@ def _is_multiple(step: int, interval: int | None) -> bool:
 
 @contextlib.contextmanager
 def reading(run: Run) -> Iterator[MicroBatches]:
-    """The micro-batches of this rank from where `run` is, its model ready for steps."""
+    """The micro-batches of this rank from where `run` is to its end, its model and its schedule
+    ready for these steps.
+    """
     cfg, state = run.cfg, run.state
+    run.splits.train.lengthen(end_of(cfg, state.progress).samples)
+    fit_schedule(cfg, state.scheduler, state.progress)
     prepare_config(
         state.chunks[0].config, state.optimizer, state.chunks, state.chunks[0].ddp_config
     )
@@ -229,7 +217,7 @@ def train(run: Run, stop: StopRequest) -> str:
     the end). Raises Preempted (75) where a signal came: no time is spent on an evaluation then.
     """
     cfg, progress = run.cfg, run.state.progress
-    num_steps = total_steps(cfg.train)
+    num_steps = end_of(cfg, progress).step
     guard = Guard.of(cfg)
     observed = Observed(cfg, run.splits.train, progress.consumed_samples, run)
     if cfg.train.manual_gc:

@@ -32,7 +32,7 @@ from megatron_ext.observe.instruments import instruments as measuring
 from megatron_ext.observe.observers import Observers
 from megatron_ext.observe.run_dir import RunDirectory
 from megatron_ext.resilience.watch import entering, watching
-from megatron_ext.train.loop import Run, num_samples, total_steps
+from megatron_ext.train.loop import Run, end_of, num_samples
 from megatron_ext.train.run_folder import Held
 from megatron_ext.train.step import sum_over_ranks
 from megatron_ext.train.stop import StopRequest
@@ -83,11 +83,13 @@ def datasets(cfg: RunConfig, words: Tokenizer) -> Splits:
     is in the files (and the tokenizer's), then everybody opens them.
     """
 
+    multiple = cfg.train.micro_batch_size * cfg.parallel.data_parallel_size
+
     def open_(is_builder: bool) -> Splits:
         return open_datasets(
             cfg.data,
             seq_length=cfg.model.seq_length,
-            num_samples=num_samples(cfg.train, total_steps(cfg.train)),
+            num_samples=num_samples(cfg.train, multiple),
             seed=cfg.train.seed,
             vocab_size=words.vocab_size,
             eod=words.eod,
@@ -170,7 +172,7 @@ def observers(
         cfg,
         where,
         first_step=max(step, held.start.step or 0) if cfg.train.eval_only else step,
-        num_steps=total_steps(cfg.train),
+        num_steps=end_of(cfg, state.progress).step,
         is_active=_is_first(),
     )
     try:

@@ -119,7 +119,7 @@ def forward_step(batches: Iterator, model: nn.Module, *_, num_domains: int = 0):
         position_ids=batch.position_ids_BS,
         attention_mask=batch.document_ids_BS,
         labels=batch.labels_BS,
-        loss_mask=batch.own_mask_BS,  # of the multi-token-prediction losses; the lm loss has its own
+        loss_mask=batch.own_mask_BS,  # of multi-token prediction; the lm loss has its own
     )
     entering("backward")
     is_per_token = get_model_config(model).calculate_per_token_loss

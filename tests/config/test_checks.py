@@ -25,6 +25,12 @@ def broken(extra: str) -> list[str]:
 
 
 CASES = {
+    # the length of the run
+    "--train-iters null --train-samples 3 --global-batch-size 4": "--train-samples 3 must fill one"
+    " batch of 4 do=use 4 or more",
+    "--train-iters null --train-samples 9 --micro-batch-size 2 --global-batch-size 4"
+    " --rampup-batch-size 1 1 4 --decrease-batch-size-if-needed": "--rampup-batch-size 1 1 4 must"
+    " start with micro-batch-size*dp = 2 or more do=start at 2",
     # layout
     "--world-size 6 --tensor-model-parallel-size 4": "--world-size 6 must be a multiple of tp*pp*cp"
     " = 4*1*1 = 4 do=use 4 or 8 ranks",

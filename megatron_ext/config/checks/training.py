@@ -16,6 +16,7 @@ def rules(cfg: RunConfig) -> Iterator[Violation]:
     """All rules of the loop."""
     yield from _batch(cfg)
     yield from _ramp(cfg)
+    yield from _fills_a_batch(cfg)
     yield from _units(cfg)
     yield from _rates(cfg)
     yield from _wsd(cfg)
@@ -74,6 +75,26 @@ def _ramp(cfg: RunConfig) -> Iterator[Violation]:
             shown,
             f"start and increment must be multiples of micro-batch-size*dp = {unit}",
             f"use {unit} {unit}, or add --decrease-batch-size-if-needed",
+        )
+    elif unit and start < unit:
+        yield Violation(
+            flag, shown, f"must start with micro-batch-size*dp = {unit} or more", f"start at {unit}"
+        )
+
+
+def _fills_a_batch(cfg: RunConfig) -> Iterator[Violation]:
+    micro, batch, dp = _sizes(cfg)
+    samples, ramp = cfg.train.train_samples, cfg.train.rampup_batch_size
+    if samples is None or not (micro and batch and dp):
+        return
+    first = batch
+    if ramp and len(ramp) == RAMP_WORDS:
+        first = ramp[0] // (micro * dp) * (micro * dp)
+        if first < 1:
+            return  # named by _ramp
+    if samples < first:
+        yield Violation(
+            "--train-samples", samples, f"must fill one batch of {first}", f"use {first} or more"
         )
 
 
