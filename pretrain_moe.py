@@ -59,7 +59,7 @@ def pretrain(cfg: RunConfig, stop: StopRequest) -> None:
                 if not cfg.train.eval_only:
                     observers.say(f"stopped: {train(run, stop)}")
                 evaluate_at_end(run, stop)
-                run_folder.finished(held, state.progress.step)
+                run_folder.finished(held, state.progress)
 
 
 def main(argv: list[str] | None = None) -> None:

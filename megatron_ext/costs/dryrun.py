@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from megatron_ext.config import RunConfig
 from megatron_ext.config.stages import Chunk
-from megatron_ext.config.steps import end_of
 from megatron_ext.costs.flops import model_flops_per_token
 from megatron_ext.costs.parameters import count_parameters, moe_pattern, padded_vocab_size
+from megatron_ext.costs.steps import end_of
 from megatron_ext.mesh.grid import format_grid
 from megatron_ext.mesh.layout import layout_of
 

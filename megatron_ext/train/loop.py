@@ -18,7 +18,8 @@ from data.skip import parse_ranges
 from data.text_bytes import TextBytes
 from megatron_ext.checkpoint.state import Progress, sync_weights
 from megatron_ext.checkpoint.tiers import STORE
-from megatron_ext.config import RunConfig, steps
+from megatron_ext.config import RunConfig
+from megatron_ext.costs import steps
 from megatron_ext.device import current_device
 from megatron_ext.errors import during_step
 from megatron_ext.observe.observers import Observers

@@ -16,13 +16,14 @@ from megatron_ext.checkpoint.aside import move_run
 from megatron_ext.checkpoint.identity import Identity
 from megatron_ext.checkpoint.lock import Leases
 from megatron_ext.checkpoint.starting import Start, asked_length, folders, plan, settled
+from megatron_ext.checkpoint.state import Progress
 from megatron_ext.checkpoint.tiers import has_fast_step
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import EXIT_REASON
 from megatron_ext.mesh.agree import first_rank
 from megatron_ext.observe import run_dir
 from megatron_ext.observe.run_dir import RunDirectory
-from megatron_ext.train.loop import total_steps
+from megatron_ext.train.loop import end_of
 from megatron_ext.train.step import sum_over_ranks
 
 _log = logging.getLogger(__name__)
@@ -111,11 +112,11 @@ def load(held: Held, saver: Checkpointer, state: TrainState) -> None:
     first_rank(lambda: _identify(held.where.root, known))
 
 
-def finished(held: Held, step: int) -> None:
+def finished(held: Held, progress: Progress) -> None:
     """Note that all steps are done, so that the same command does nothing. Collective."""
     root, train = held.where.root, held.cfg.train
-    if train.eval_only or step < total_steps(train):
+    if train.eval_only or progress.step < end_of(held.cfg, progress).step:
         return
-    end = {"step": step, **asked_length(train)}
+    end = {"step": progress.step, **asked_length(train)}
     known = held.start.identity
     first_rank(lambda: _identify(root, replace(identity.read(root) or known, finished=end)))

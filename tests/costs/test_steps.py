@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_ext.config.steps import End, end_of, global_batch_size, size
+from megatron_ext.costs.steps import End, end_of, global_batch_size, size
 
 
 def _train(batch, *, iters=None, samples=None, ramp=None, round_down=False):
