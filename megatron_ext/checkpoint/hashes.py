@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import xxhash
 
+from megatron_ext.checkpoint.patience import patiently
 from megatron_ext.errors import DataError
 
 BLOCK = 4 << 20
 """Bytes of a block; multiples of it in files with more than MOST_BLOCKS blocks."""
 MOST_BLOCKS = 1024
+LARGEST_FILE = 1 << 62
 _DIGITS = 32
 
 
@@ -61,8 +64,10 @@ class FileHash:
     def from_json(cls, entry: dict) -> FileHash:
         """Raises ValueError where the numbers do not fit together."""
         num_bytes, block, text = entry["bytes"], entry["block_bytes"], entry["blocks"]
-        if type(num_bytes) is not int or type(block) is not int or block <= 0 or num_bytes < 0:
-            raise ValueError("sizes of a file must be whole numbers")
+        if type(num_bytes) is not int or not 0 <= num_bytes < LARGEST_FILE:
+            raise ValueError("the size of a file must be a whole number of bytes")
+        if block != block_size(num_bytes):
+            raise ValueError(f"{block} bytes a block of a file of {num_bytes} bytes")
         blocks = tuple(text[i : i + _DIGITS] for i in range(0, len(text), _DIGITS))
         found = cls(num_bytes, block, blocks)
         if len(blocks) != -(-num_bytes // block) or found.whole != entry["hash"]:
@@ -115,7 +120,7 @@ def check_blocks(
     descriptor: int, path: Path, expected: FileHash, which: Iterable[int] | None = None
 ) -> int:
     """Re-read blocks (all by default) of an open file; returns the bytes read. Raises Damaged with
-    file, offset, expected and actual hash.
+    file, offset, expected and actual hash; DiskError where the disk refuses.
     """
     buffer, total = bytearray(expected.block_bytes), 0
     for number in range(len(expected.blocks)) if which is None else which:
@@ -123,7 +128,7 @@ def check_blocks(
         length = min(expected.block_bytes, expected.num_bytes - offset)
         view = memoryview(buffer)[:length]
         try:
-            read_at(descriptor, offset, view)
+            patiently(partial(read_at, descriptor, offset, view), path)
         except EOFError as error:
             raise Damaged(f"checkpoint is damaged: {path.name}: {error}", path=path) from error
         actual = xxhash.xxh3_128_hexdigest(view)

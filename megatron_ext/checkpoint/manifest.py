@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint.hashes import Damaged, FileHash, text_hash
+from megatron_ext.checkpoint.patience import patiently
 from megatron_ext.checkpoint.record import MANIFEST
+from megatron_ext.checkpoint.schema import check_record
 from megatron_ext.checkpoint.spots import Spot, check_whole
 from megatron_ext.checkpoint.tensor_file import DTYPES, TORCH_DTYPES
 from megatron_ext.errors import DataError
@@ -66,12 +68,15 @@ class Manifest:
 
 
 def open_regular(path: Path, num_bytes: int | None = None) -> int:
-    """Open for reading. Raises Damaged for a missing file, a link, a device, another size."""
+    """Open for reading. Raises Damaged for a missing file, a link, a device, another size;
+    DiskError where the disk refuses.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = patiently(lambda: os.open(path, flags), path)
     except FileNotFoundError as error:
         raise Damaged(f"checkpoint is incomplete: {path.name} is missing", path=path) from error
-    except OSError as error:
+    except OSError as error:  # a link
         what = f"checkpoint cannot be read: {path.name}: {os.strerror(error.errno)}"
         raise Damaged(what, path=path) from error
     info = os.fstat(descriptor)
@@ -141,7 +146,7 @@ def read(path: Path, may_lack_files: bool = False) -> Manifest:
     for name in found.files if not may_lack_files else ():
         os.close(found.open(name))
     known = {MANIFEST, *found.files}
-    extra = sorted(name for name in os.listdir(path) if name not in known)
+    extra = sorted(name for name in patiently(lambda: os.listdir(path), path) if name not in known)
     if extra:
         raise Damaged(
             f"checkpoint holds {len(extra)} files that were not written with it, as {extra[0]!r}",
@@ -155,9 +160,10 @@ def _body(path: Path) -> dict[str, Any]:
     with os.fdopen(descriptor, "rb") as file:
         if os.fstat(descriptor).st_size > SIZE_LIMIT:
             raise Damaged(f"manifest is larger than {SIZE_LIMIT} bytes", path=path / MANIFEST)
-        first, rest = file.readline(128), file.read()
+        data = patiently(lambda: (file.seek(0), file.read())[1], path / MANIFEST)
+    first, _, rest = data.partition(b"\n")
     try:
-        hash_ = json.loads(first.rstrip(b",\n") + b"}")["hash"]
+        hash_ = json.loads(first.rstrip(b",") + b"}")["hash"]
         actual = text_hash(rest)
         if hash_ != actual:
             raise ValueError(f"expected={str(hash_)[:40]} actual={actual}")
@@ -181,11 +187,7 @@ def _numbers(value: Any, least: int = 0) -> tuple[int, ...]:
 
 
 def _checked(path: Path, body: dict[str, Any]) -> Manifest:
-    for name in ("layout", "progress", "run", "extra"):
-        if not isinstance(body[name], dict):
-            raise ValueError(f"{name} must be an object")
-    if type(body["step"]) is not int or body["step"] < 0:
-        raise ValueError("step must be a whole number")
+    check_record(body)
     named = _STEP_FOLDER.fullmatch(path.name)
     if named and int(named[1]) != body["step"]:
         raise ValueError(f"it is of step {body['step']}, its folder is called {path.name}")

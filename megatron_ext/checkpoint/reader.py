@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_ext.checkpoint import manifest as manifests
 from megatron_ext.checkpoint.hashes import Damaged, check_blocks, read_at
 from megatron_ext.checkpoint.manifest import Manifest, Stored
+from megatron_ext.checkpoint.patience import patiently
 from megatron_ext.checkpoint.spots import Box, overlap, slices
 from megatron_ext.errors import DataError
 
@@ -122,8 +123,9 @@ class StoredTensors:
         """Bytes of one file."""
         file, offset, count = span
         raw = torch.empty(count, dtype=torch.uint8)
+        target = memoryview(raw.numpy())
         try:
-            read_at(self._open(file), offset, memoryview(raw.numpy()))
+            patiently(lambda: read_at(self._open(file), offset, target), self.path / file)
         except (OSError, EOFError) as error:
             raise DataError(
                 f"checkpoint cannot be read: {file} offset={offset}: {error}",
@@ -153,9 +155,6 @@ def check_share(
             descriptor = manifest.open(name)
             try:
                 total += check_blocks(descriptor, manifest.path / name, expected, mine)
-            except OSError as error:
-                what = f"checkpoint cannot be read: {name}: {os.strerror(error.errno)}"
-                raise DataError(what, path=manifest.path / name) from error
             finally:
                 os.close(descriptor)
     return total

@@ -2,6 +2,8 @@
 the next best step.
 """
 
+import errno
+import os
 import shutil
 
 import pytest
@@ -155,3 +157,57 @@ def test_a_folder_that_cannot_be_written_is_refused_on_all_ranks(tmp_path):
 def test_no_step_is_called_complete_by_its_name_alone(tmp_path):
     (tmp_path / layout.step_name(5)).mkdir()
     _one_message(_outcomes(tmp_path, world_size=1), 65, "incomplete", "manifest.json is missing")
+
+
+def _load_from_a_failing_disk(folder, call, name, error, times):
+    """The disk refuses `call` on files of this name: (what `_load` finds, seconds waited)."""
+    from megatron_ext.checkpoint import patience
+
+    left, waited, stock = [times], [], getattr(os, call)
+    opened: dict[int, str] = {}
+    stock_open = os.open
+
+    def open_(path, *args, **kwargs):
+        descriptor = stock_open(path, *args, **kwargs)
+        opened[descriptor] = str(path)
+        return descriptor
+
+    def refuse(target, *args, **kwargs):
+        path = opened.get(target, "") if isinstance(target, int) else str(target)
+        if path.endswith(name) and "step_00000002" in path and left[0] > 0:
+            left[0] -= 1
+            raise OSError(error, os.strerror(error), path)
+        return (open_ if call == "open" else stock)(target, *args, **kwargs)
+
+    os.open = open_
+    setattr(os, call, refuse)
+    patience.time.sleep = waited.append
+    return _load("", folder, folder, {}), waited
+
+
+REFUSALS = [
+    ("open", "rank_00000.safetensors", errno.ESTALE),
+    ("open", "rank_00000.safetensors", errno.EACCES),
+    ("open", "manifest.json", errno.ESTALE),
+    ("preadv", "rank_00000.safetensors", errno.EIO),
+    ("listdir", "step_00000002", errno.EIO),
+]
+
+
+@pytest.mark.parametrize(("call", "name", "error"), REFUSALS)
+def test_a_read_error_is_tried_again_and_costs_no_step(copied, call, name, error):
+    ((found, waited),) = run_ranks(_load_from_a_failing_disk, 1, copied, call, name, error, 1)
+    assert found == (2, 0, "") and waited == [0.2]
+    assert layout.steps(copied) == [2, 1]
+
+
+@pytest.mark.parametrize(("call", "name", "error"), REFUSALS)
+def test_a_disk_that_goes_on_refusing_is_reported_and_the_checkpoint_left_alone(
+    copied, call, name, error
+):
+    """Not the older step: four steps would be lost to a file server that was away."""
+    before = sorted(path.name for path in copied.iterdir())
+    ((found, waited),) = run_ranks(_load_from_a_failing_disk, 1, copied, call, name, error, 99)
+    step, code, text = found
+    assert (step, code) == (None, 74) and "it is left as it is" in text and len(waited) == 3
+    assert sorted(path.name for path in copied.iterdir()) == before
