@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 LARGEST = 1 << 62
+MOST_PARTS = 1 << 24
+"""Layers, experts, ranks: readers count through them."""
 LONGEST_TEXT = 64 << 20
 
 
@@ -24,16 +26,16 @@ def check_record(body: Mapping[str, Any]) -> None:
         _is(name, body[name], dict)
     for name, value in body["layout"].items():
         if value is not None:
-            _count(f"layout.{name}", value, least=1)
+            _count(f"layout.{name}", value, 1, MOST_PARTS)
     for name, value in body["progress"].items():
         _count(f"progress.{name}", value)
-    if body["progress"].get("step", body["step"]) != body["step"]:
+    if body["progress"]["step"] != body["step"]:
         raise ValueError(f"progress.step is {body['progress']['step']}, step is {body['step']}")
     _number("time", body.get("time", 0.0))
     _is("id", body.get("id", ""), str)
     for name, value in (body.get("model") or {}).items():
         if value is not None:
-            _count(f"model.{name}", value, least=1)
+            _count(f"model.{name}", value, 1, MOST_PARTS)
     _check_optimizer(body.get("optimizer"))
     _check_numbers("scheduler", body.get("scheduler"))
     for name, kind in (("config", str), ("fingerprint", dict), ("id", str)):
@@ -67,8 +69,8 @@ def _is(path: str, value: Any, kind: type) -> None:
         raise ValueError(f"{path} must be {'an object' if kind is dict else 'a text'}")
 
 
-def _count(path: str, value: Any, least: int = 0) -> None:
-    if type(value) is not int or not least <= value < LARGEST:
+def _count(path: str, value: Any, least: int = 0, most: int = LARGEST) -> None:
+    if type(value) is not int or not least <= value < most:
         raise ValueError(f"{path} must be a whole number from {least} on, is {_shown(value)}")
 
 

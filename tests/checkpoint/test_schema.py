@@ -69,9 +69,9 @@ def _mutations(step):
     generator = random.Random(13)
     record = {name: value for name, value in body.items() if name not in ("tensors", "run")}
     paths = [*_leaves(record), *((part,) for part in record)]
-    tensors = list(_leaves(body["tensors"]))
+    tensors = list(_leaves(body["tensors"], ("tensors",)))
     for path in [*paths, *generator.sample(tensors, 12)]:
-        for value in HOSTILE:
+        for value in generator.sample(HOSTILE, 6):
             yield path, value, _changed(body, path, value)
 
 
