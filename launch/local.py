@@ -38,7 +38,7 @@ from megatron_ext.errors import ConfigError, exit_on_fatal  # noqa: E402
 from megatron_ext.mesh.limits import check_limits  # noqa: E402
 
 PROGRAM = ROOT / "pretrain_moe.py"
-WITHOUT_RANKS = ("--help", "-h", "--print-config", "--dry-run")
+WITHOUT_RANKS = ("--help", "-h", "--print-config", "--dry-run", "--explain-flags")
 
 
 def _without_ranks(options: Options) -> int:

@@ -129,6 +129,6 @@ def read_words(words: Sequence[str], environ: Mapping[str, str]) -> Options:
         cold=bool(given.get("--cold")),
         num_nodes=num_nodes,
         node_rank=_number("--node-rank", node_rank, 0),
-        endpoint=_endpoint(endpoint) if endpoint else None,
+        endpoint=None if endpoint is None else _endpoint(endpoint),
         srun=bool(given.get("--srun")),
     )

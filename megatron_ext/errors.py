@@ -182,7 +182,7 @@ def one_line(text: str) -> str:
 def current_rank(environ: dict[str, str] | os._Environ[str] = os.environ) -> int:
     """The rank by the launcher's environment (RANK of torchrun, SLURM_PROCID of srun), else 0."""
     for name in ("RANK", "SLURM_PROCID"):
-        if environ.get(name, "").isdigit():
+        if environ.get(name, "").isdecimal():
             return int(environ[name])
     return 0
 

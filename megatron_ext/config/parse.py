@@ -117,7 +117,7 @@ def _values(
     values = merge([s for s in settings if s not in after])
     translate_before_scaling(values)
     launched = environ.get("WORLD_SIZE", "")
-    scaled = scale_down(values, int(launched) if launched.isdigit() else None)
+    scaled = scale_down(values, int(launched) if launched.isdecimal() else None)
     overlay(values, after)
     return values, scaled
 

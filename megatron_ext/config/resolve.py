@@ -84,8 +84,8 @@ def resolve(values: Values, environ: Mapping[str, str], config: str | None) -> N
 def _world_size(v: Values, environ: Mapping[str, str]) -> None:
     if v["world_size"] is None:
         text = environ.get("WORLD_SIZE", "")
-        v.value["world_size"] = int(text) if text.isdigit() and int(text) > 0 else 1
-        v.origin["world_size"] = "environment" if text.isdigit() else "default"
+        v.value["world_size"] = int(text) if text.isdecimal() and int(text) > 0 else 1
+        v.origin["world_size"] = "environment" if text.isdecimal() else "default"
 
 
 def _run_dir(v: Values, environ: Mapping[str, str], config: str | None) -> None:

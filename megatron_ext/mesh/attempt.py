@@ -24,7 +24,7 @@ PR_SET_PDEATHSIG = 1
 
 def counts(environ: Mapping[str, str] = os.environ) -> list[int]:
     """The number of starts before this one, for each of `COUNTS`."""
-    return [int(text) if (text := environ.get(name, "")).isdigit() else 0 for name in COUNTS]
+    return [int(text) if (text := environ.get(name, "")).isdecimal() else 0 for name in COUNTS]
 
 
 def store_prefix(environ: Mapping[str, str] = os.environ) -> str:

@@ -7,6 +7,10 @@ traceback.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -16,6 +20,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch.nn import functional as F
 
 from megatron_ext.config import RunConfig
+from megatron_ext.config.flags import all_flags
 from megatron_ext.device import current_device
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.initialise import Recorder, output_std
@@ -34,11 +39,25 @@ ACTIVATIONS = {
 }
 
 
-def _refused_by_megatron_core(error: Exception) -> ConfigError:
-    return ConfigError(
-        f"megatron-core 0.16.1 refuses this configuration: {error}",
-        do="change the flags that it names",
-    )
+def _built(made_by: Callable[..., Any], values: dict[str, Any]) -> Any:
+    """An option class of megatron-core. Raises ConfigError with its words where it refuses the
+    values, its fields named as flags.
+    """
+    try:
+        return made_by(**values)
+    except (AssertionError, ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(
+            f"megatron-core 0.16.1 refuses this configuration: {_FIELD.sub(_as_flag, str(error))}",
+            do="change the flags that it names",
+        ) from error
+
+
+_FIELD = re.compile(r"(?<![-\w])(?:self\.)?([a-z]\w*_\w+)\b")
+
+
+def _as_flag(name: re.Match[str]) -> str:
+    flag = all_flags().get(name[1])
+    return flag.names[0] if flag else name[0]
 
 
 def embedding_std(cfg: RunConfig) -> float:
@@ -79,11 +98,8 @@ def transformer_config(cfg: RunConfig, recorder: Recorder) -> TransformerConfig:
         deallocate_pipeline_outputs=_may_free_sent_outputs(values),
         moe_grouped_gemm=cfg.transformer.num_moe_experts is not None,
     )
-    build = MLATransformerConfig if cfg.transformer.multi_latent_attention else TransformerConfig
-    try:
-        config = build(**values)
-    except (AssertionError, ValueError, TypeError) as error:
-        raise _refused_by_megatron_core(error) from error
+    latent = cfg.transformer.multi_latent_attention
+    config = _built(MLATransformerConfig if latent else TransformerConfig, values)
     if cfg.model.position_embedding_type == "yarn":
         _add_yarn(config, cfg)
     _number_comm_types_from_one(config)
@@ -126,7 +142,7 @@ def ddp_config(cfg: RunConfig) -> DistributedDataParallelConfig:
     """
     values = cfg.ddp_values()
     values["check_for_nan_in_grad"] = False
-    return DistributedDataParallelConfig(**values)
+    return _built(DistributedDataParallelConfig, values)
 
 
 def optimizer_config(cfg: RunConfig) -> OptimizerConfig:
@@ -142,7 +158,4 @@ def optimizer_config(cfg: RunConfig) -> OptimizerConfig:
         fp16=cfg.train.fp16,
         params_dtype=DTYPES[cfg.train.params_dtype],
     )
-    try:
-        return OptimizerConfig(**values)
-    except (AssertionError, ValueError, TypeError) as error:
-        raise _refused_by_megatron_core(error) from error
+    return _built(OptimizerConfig, values)

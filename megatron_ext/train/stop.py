@@ -154,7 +154,7 @@ class StopRequest:
 
 def _signal_number(name: str) -> signal.Signals:
     text = str(name)
-    if text.isdigit() and int(text) in set(signal.Signals):
+    if text.isdecimal() and int(text) in set(signal.Signals):
         return signal.Signals(int(text))
     if text.upper() in signal.Signals.__members__:
         return signal.Signals[text.upper()]

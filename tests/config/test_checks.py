@@ -98,6 +98,18 @@ CASES = {
     "--mtp-num-layers 1": "does not work with --position-embedding-type learned_absolute",
     "--recompute-granularity full": "needs --recompute-method",
     "--padded-vocab-size 64": "must be at least --vocab-size = 100",
+    # megatron-core's own checks
+    "--moe-router-topk 1": "--moe-router-topk 1 needs --num-experts",
+    "--moe-router-group-topk 2 --moe-router-num-groups 2": "--moe-router-group-topk 2 needs",
+    "--moe-router-topk-limited-devices 2": "needs --num-experts",
+    "--moe-router-enable-expert-bias": "--moe-router-enable-expert-bias needs --num-experts",
+    "--moe-pad-expert-input-to-capacity": "needs --num-experts",
+    "--variable-seq-lengths": "needs --moe-token-dispatcher-type alltoall",
+    "--defer-embedding-wgrad-compute": "needs the fused accumulation of gradients",
+    "--overlap-p2p-communication-warmup-flush": "without --batch-p2p-comm",
+    "--batch-invariant-mode": "is not built by --transformer-impl local",
+    "--symmetric-ar-type two_shot": "is not built by --transformer-impl local",
+    "--inference-fuse-tp-communication": "is not built by --transformer-impl local",
     # training
     "--micro-batch-size 4 --global-batch-size 6": "--global-batch-size 6 must be a multiple of"
     " micro-batch-size*dp = 4*1 = 4 do=use 4 or 8",

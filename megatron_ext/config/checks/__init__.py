@@ -6,6 +6,7 @@
     context   sequence over cp and tp, strategies
     support   what this release or this machine cannot do
     world     ranks that a file's layout cannot hold
+    megatron  what megatron-core's classes would refuse
     kernels   what the kernels of --moe-kernels triton serve
 
 A rule is a generator of `Violation` over the resolved `RunConfig`.  A rule whose inputs are missing
@@ -20,6 +21,7 @@ from megatron_ext.config.checks import (
     context,
     kernels,
     layout,
+    megatron,
     model,
     moe,
     pipeline,
@@ -45,7 +47,7 @@ def violations_of(
     wrong = list(world.rules(cfg))
     if wrong:
         return found + wrong
-    for group in (layout, context, pipeline, model, moe, training, support):
+    for group in (layout, context, pipeline, model, moe, training, support, megatron):
         found += group.rules(cfg)
     found += kernels.rules(cfg, environ)
     return found

@@ -15,7 +15,7 @@ def world_agrees_with_environment(
     """A real run has the launcher's number of ranks; only a dry run may imagine another."""
     text = environ.get("WORLD_SIZE", "")
     size = cfg.parallel.world_size
-    if cfg.action == "train" and text.isdigit() and int(text) != size:
+    if cfg.action == "train" and text.isdecimal() and int(text) != size:
         yield Violation(
             "--world-size",
             size,

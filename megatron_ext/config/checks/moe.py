@@ -227,10 +227,3 @@ def _shared(cfg: RunConfig) -> Iterator[Violation]:
             "needs --moe-token-dispatcher-type alltoall",
             "add it, or remove the overlap",
         )
-    if t.moe_token_dispatcher_type == "allgather" and t.variable_seq_lengths:
-        yield Violation(
-            "--moe-token-dispatcher-type",
-            "allgather",
-            "does not work with --variable-seq-lengths",
-            "use alltoall",
-        )

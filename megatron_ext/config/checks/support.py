@@ -14,6 +14,9 @@ LOCAL_ONLY: tuple[tuple[str, tuple, str], ...] = (
     ("heterogeneous_block_specs", (False,), "remove it"),
     ("hybrid_context_parallel", (False,), "remove it"),
     ("attention_output_gate", (False,), "remove it"),
+    ("batch_invariant_mode", (False,), "remove it"),
+    ("symmetric_ar_type", (None,), "remove it"),
+    ("inference_fuse_tp_communication", (False,), "remove it"),
 )
 """megatron-core field, the values that our local layers build, the way out."""
 

@@ -222,5 +222,5 @@ def _gradients(cfg: RunConfig) -> Iterator[Violation]:
 
 def _signal(cfg: RunConfig) -> Iterator[Violation]:
     name = cfg.train.exit_signal
-    if not (name.isdigit() and int(name) in set(signal.Signals)) and name not in dir(signal):
+    if not (name.isdecimal() and int(name) in set(signal.Signals)) and name not in dir(signal):
         yield Violation("--exit-signal", name, "is not a signal", "use SIGTERM, SIGUSR1 or SIGINT")
