@@ -14,6 +14,7 @@ from tests.faults import (
     rows_kill,
     rows_lease,
     rows_limits,
+    rows_watch,
 )
 from tests.faults.bench import Bench
 from tests.faults.outcome import Outcome
@@ -87,6 +88,7 @@ ROWS: dict[int, Row] = {
     39: Row("stop and start at any step", runs=rows_kill.row_39, trials=7),
     40: Row("soak", runs=rows_kill.row_40, trials=1),
     41: Row("a rollback that is killed", files=rows_course.row_41, cases=200),
+    42: Row("stopped ranks", runs=rows_watch.row_42, trials=6),
 }
 
 
