@@ -70,6 +70,8 @@ class Found:
     step: int
     directory: Path
     fast: int | None = None
+    run: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What its record says about the run that saved it, once it is loaded."""
 
     @property
     def path(self) -> Path:
@@ -349,7 +351,7 @@ def load_newest(
         if is_own and _is_of_another_run(entry, run, nodes):
             continue
         try:
-            load(
+            record = load(
                 entry.path,
                 state,
                 optimizer=not (cfg.finetune or cfg.no_load_optim),
@@ -358,7 +360,7 @@ def load_newest(
                 run=run,
                 nodes=None if entry.fast is None else nodes,
             )
-            return entry
+            return replace(entry, run=record["run"])
         except (DataError, FailedElsewhere) as error:
             if error.code != DataError.code:
                 raise

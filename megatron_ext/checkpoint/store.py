@@ -53,6 +53,11 @@ _POLL_S = 0.002
 _log = logging.getLogger(__name__)
 
 
+INHERITED = ("huggingface",)
+"""Of the run info of a checkpoint that is loaded: what the run's own checkpoints keep (the
+config.json of an import, for an export after training)."""
+
+
 class Checkpointer:
     """Saves a run's state into `directory`, loads it from `load_from`. Every method is collective.
 
@@ -363,6 +368,8 @@ class Checkpointer:
         )
         if self._loaded is not None:
             self._course = self._loaded.step if self._is_own(self.load_from) else -1
+            kept = {name: self._loaded.run[name] for name in INHERITED if name in self._loaded.run}
+            self.run_info = {**self.run_info, **kept}
             return True
         return False
 

@@ -74,6 +74,7 @@ def _export(args: argparse.Namespace) -> None:
         step=args.ckpt_step,
         wanted=args.architecture,
         largest_shard=int(args.max_shard_gb * 10**9),
+        note=lambda text: print(f"note: {text}"),
     )
     print(f"exported {args.load} as {one.class_name} to {args.model}")
 

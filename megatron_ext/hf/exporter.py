@@ -7,8 +7,7 @@ trained in; the folder appears whole, under its own name, at the end.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from megatron_ext.checkpoint import stream
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import DataError
 from megatron_ext.generate import one_rank_config
+from megatron_ext.hf import words
 from megatron_ext.hf.architectures import Architecture, by_model_type
 from megatron_ext.hf.configure import config_of, differences, run_config
 from megatron_ext.hf.entries import Entry, entries
-from megatron_ext.hf.importer import BESIDE, TOKENIZER_FILES
 from megatron_ext.hf.memory import check_memory
 from megatron_ext.hf.shards import Writer
 from megatron_ext.hf.source import CONFIG, Source
@@ -61,8 +60,14 @@ def _describe(
         one = by_model_type()[like["model_type"]]
         flags = one.flags(Source(like, Path(CONFIG)))
         if not differences(cfg, run_config(flags)):
-            return one, dict(like)
+            return one, {**like, **_trained_with(one, cfg)}
     return config_of(cfg, wanted)
+
+
+def _trained_with(one: Architecture, cfg: RunConfig) -> dict[str, Any]:
+    """What a run may set to another value and its network stays the same."""
+    made = one.config(cfg)
+    return {name: made[name] for name in ("router_aux_loss_coef",) if name in made}
 
 
 def _check_shapes(table: Sequence[Entry], stored: stream.StoredTensors) -> None:
@@ -94,19 +99,23 @@ def export_folder(
     step: int | None = None,
     wanted: str | None = None,
     largest_shard: int = 5 * 10**9,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Architecture:
-    """Write `out`; the family that it is of. Raises DataError, DiskError; nothing is left then."""
+    """Write `out`; the family that it is of. `note` is told what could not be carried over. Raises
+    DataError, DiskError; nothing is left then.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError("--model is there already", do="name a new folder", path=out)
     stored = open_checkpoint(load, step)
     cfg = saved_config(stored, load)
     run = stored.record["run"]
-    one, config = _describe(cfg, run.get("huggingface") or _beside(load), wanted)
+    one, config = _describe(cfg, words.imported_config(load, run), wanted)
     table = list(entries(one.rows(cfg), cfg))
     _check_shapes(table, stored)
     tensors = {
         part.name: (stored.dtype(entry.ours), part.shape) for entry in table for part in entry.parts
     }
+    files = words.describe(config, cfg, load, run, note)
     config["dtype"] = config["torch_dtype"] = HF_DTYPES[stored.dtype(table[0].ours)]
     sizes = [torch.Size(e.size).numel() * stored.dtype(e.ours).itemsize for e in table]
     check_memory(4 * max(sizes), "exporting its largest tensor", load)
@@ -114,15 +123,8 @@ def export_folder(
         on_disk.check_space(writing, sum(sizes))
         _write(writing, table, tensors, stored, largest_shard)
         (writing / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        for name in TOKENIZER_FILES:
-            if (load / BESIDE / name).is_file():
-                shutil.copyfile(load / BESIDE / name, writing / name)
+        words.copy(files, writing)
     return one
-
-
-def _beside(load: Path) -> dict[str, Any] | None:
-    path = load / BESIDE / CONFIG
-    return Source.of_folder(path.parent).values if path.is_file() else None
 
 
 def _write(

@@ -145,6 +145,16 @@ def balance(c: Source, default: float) -> dict[str, Any]:
     }
 
 
+def balance_config(cfg: RunConfig) -> dict[str, Any]:
+    """The same as a key of config.json: the first balance loss's coefficient, 0 without one."""
+    t = cfg.transformer
+    kinds, values = t.moe_router_load_balancing_type, t.moe_aux_loss_coeff
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    values = values if isinstance(values, (list, tuple)) else [values] * len(kinds)
+    found = [value for kind, value in zip(kinds, values) if kind.endswith("aux_loss")]
+    return {"router_aux_loss_coef": float(found[0]) if found else 0.0}
+
+
 def layer_pattern(is_moe: Sequence[bool]) -> dict[str, Any]:
     """--moe-layer-freq of the layers that hold experts."""
     return {"moe_layer_freq": 1 if all(is_moe) else [int(flag) for flag in is_moe]}

@@ -14,6 +14,7 @@ from megatron_ext.hf.architectures.decoder import (
     QKV_BIAS,
     Architecture,
     balance,
+    balance_config,
     base_config,
     base_flags,
     ends,
@@ -72,6 +73,7 @@ def config(cfg: RunConfig) -> dict[str, Any]:
     kinds = ["sliding_attention" if flag else "full_attention" for flag in sliding_layers(cfg)]
     return {
         **base_config(cfg),
+        **balance_config(cfg),
         "num_local_experts": t.num_moe_experts,
         "intermediate_size": t.moe_ffn_hidden_size,
         "layer_types": kinds,

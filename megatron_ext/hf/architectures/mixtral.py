@@ -10,6 +10,7 @@ from megatron_ext.hf.architectures.decoder import (
     NORMS,
     Architecture,
     balance,
+    balance_config,
     base_config,
     base_flags,
     ends,
@@ -54,6 +55,7 @@ def config(cfg: RunConfig) -> dict[str, Any]:
     t = cfg.transformer
     return {
         **base_config(cfg),
+        **balance_config(cfg),
         "num_local_experts": t.num_moe_experts,
         "intermediate_size": t.moe_ffn_hidden_size,
         "sliding_window": t.window_size[0] + 1 if all(sliding_layers(cfg)) else None,

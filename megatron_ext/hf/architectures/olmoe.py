@@ -15,6 +15,7 @@ from megatron_ext.hf.architectures.decoder import (
     ROUTER,
     Architecture,
     balance,
+    balance_config,
     base_config,
     base_flags,
     ends,
@@ -56,6 +57,7 @@ def config(cfg: RunConfig) -> dict[str, Any]:
     found = base_config(cfg)
     del found["head_dim"]
     return found | {
+        **balance_config(cfg),
         "num_experts": t.num_moe_experts,
         "intermediate_size": t.moe_ffn_hidden_size,
         "norm_topk_prob": not t.moe_router_pre_softmax,

@@ -19,6 +19,7 @@ from megatron_ext.hf.architectures.decoder import (
     ROUTER,
     Architecture,
     balance,
+    balance_config,
     base_config,
     base_flags,
     dense_layers,
@@ -88,6 +89,7 @@ def _config(cfg: RunConfig) -> dict[str, Any]:
     t = cfg.transformer
     return {
         **base_config(cfg),
+        **balance_config(cfg),
         "num_experts": t.num_moe_experts,
         "moe_intermediate_size": t.moe_ffn_hidden_size,
         "norm_topk_prob": not t.moe_router_pre_softmax,
