@@ -1,7 +1,7 @@
 """Where checkpoints go and which may go: fast places often, the store seldom.
 
     memory   /dev/shm, owned by this user and named after the store: survives a restart in place
-    local    a folder of a disk of this node (--ckpt-local-dir)
+    local    a folder of a disk of this node (in --ckpt-local-dir), named in the same way
     store    --save
 
 A tier is a folder, an interval and how many are kept; the format is the same everywhere. A step
@@ -51,8 +51,19 @@ class Tier:
 
 def memory_folder(store: Path) -> Path:
     """The same name for every start of a run, another one for another --save folder or user."""
+    return _SHM / _own_name(store)
+
+
+def local_folder(top: Path, store: Path) -> Path:
+    """The run's own folder in that of --ckpt-local-dir, which runs may share; that one itself where
+    an older version has put its steps there.
+    """
+    return top if folder.steps(top) else top / _own_name(store)
+
+
+def _own_name(store: Path) -> str:
     mark = xxhash.xxh3_64_hexdigest(str(store.resolve()).encode())
-    return _SHM / f"pretrain_moe.{os.geteuid()}.{mark}"
+    return f"pretrain_moe.{os.geteuid()}.{mark}"
 
 
 def tiers_of(cfg: Any, store: Path) -> list[Tier]:
@@ -74,7 +85,8 @@ def tiers_of(cfg: Any, store: Path) -> list[Tier]:
     if "memory" in names:
         found.append(Tier("memory", memory_folder(store), cfg.ckpt_memory_interval, 1))
     if "local" in names:
-        found.append(Tier("local", Path(cfg.ckpt_local_dir), cfg.ckpt_local_interval, 2))
+        own = local_folder(Path(cfg.ckpt_local_dir), store)
+        found.append(Tier("local", own, cfg.ckpt_local_interval, 2))
     return [*found, Tier(STORE, store, cfg.save_interval, cfg.keep_last, cfg.keep_every)]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.checkpoint import aside, folder, identity, starting
+from megatron_ext.checkpoint import aside, folder, identity, starting, tiers
 from megatron_ext.checkpoint.identity import Identity
 from megatron_ext.checkpoint.record import read_record
 from megatron_ext.errors import ConfigError
@@ -238,3 +238,21 @@ def test_an_unreadable_run_json_is_none(tmp_path, text):
     assert identity.read(tmp_path) is None
     identity.write(tmp_path, Identity().named())
     assert identity.read(tmp_path).id
+
+
+def test_a_fast_tier_counts_only_with_steps_of_this_run(run, tmp_path):
+    """Runs that share --ckpt-local-dir have folders of their own in it; a step there that a removed
+    run of the same name has left is another run's.
+    """
+    local = tmp_path / "local"
+    flags = ("--ckpt-tiers", "local,store", "--ckpt-local-dir", local, "--ckpt-local-interval", 1)
+    section, other = run.cfg(*flags).checkpoint, tmp_path / "other/checkpoints"
+    folders = [tiers.tiers_of(section, store)[0].directory for store in (run.save, other)]
+    assert folders[0] != folders[1] and {path.parent for path in folders} == {local}
+    known = run.begin(step=None)
+    run.saved(4, id="removed", save=folders[0])
+    assert not tiers.has_fast_step(section, run.save, known.owns)
+    run.saved(2, id=known.id, save=folders[0])
+    assert tiers.has_fast_step(section, run.save, known.owns)
+    run.saved(6, id=None, save=local)
+    assert tiers.tiers_of(section, run.save)[0].directory == local, "an older version's place"
