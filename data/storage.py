@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_ext.errors import DiskError
+from megatron_ext.errors import DiskError, words_of
 
 HASH_CHUNK_BYTES = 1 << 22
 DISK_FAULTS = {
@@ -26,7 +26,6 @@ DISK_FAULTS = {
     errno.EACCES: "Permission denied",
     errno.EPERM: "Operation not permitted",
     errno.EIO: "Input/output error",
-    errno.EFBIG: "File too large (ulimit -f)",
 }
 
 
@@ -43,11 +42,13 @@ def disk_errors(path: Path, need_bytes: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        fault = DISK_FAULTS.get(error.errno or 0, error.strerror or str(error))
+        fault = DISK_FAULTS.get(error.errno or 0, words_of(error))
         need = "" if need_bytes is None else f"need {need_bytes} bytes, "
         raise DiskError(
             f"{fault} while writing: {need}have {free_bytes(path)} bytes free",
-            do="free space or name another folder with write permission",
+            do="raise the limit (ulimit -f unlimited)"
+            if error.errno == errno.EFBIG
+            else "free space or name another folder with write permission",
             path=path,
         ) from error
 

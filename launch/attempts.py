@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from launch.ranks import Failure, Ranks
 from launch.reason import Reason, newest_checkpoint
 from launch.restarts import Budget
 from launch.words import Options
+from megatron_ext import ulimits
 from megatron_ext.checkpoint.identity import LAUNCH
 from megatron_ext.checkpoint.starting import folders
 from megatron_ext.errors import (
@@ -35,6 +36,11 @@ from megatron_ext.mesh.signals import Asked, Means
 
 RENDEZVOUS = 69
 STORE_FD = "PRETRAIN_MOE_STORE_FD"
+OF_RANKS = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", STORE_FD),
+)
+CRASHES = tuple(128 + number for number in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS))
 
 
 def say(text: str) -> None:
@@ -43,14 +49,31 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
+def interface(host: str) -> str:
+    """The address of this machine that `host` is, so that only its network reaches the store; ""
+    (all addresses) where it is none of them (a forwarded one), and for a name that means the
+    loopback on this machine alone (Debian's 127.0.1.1).
+    """
+    try:
+        address = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return ""
+    is_meant = host in ("localhost", address)
+    return address if is_meant or not address.startswith("127.") else ""
+
+
 def open_socket(endpoint: tuple[str, int] | None) -> socket.socket:
     """The socket on which rank 0 will serve the store: any free port of the loopback, or the
-    endpoint's on all addresses. Raises RendezvousError where that is in use.
+    endpoint's port on its `interface`. Raises RendezvousError where that is in use.
     """
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind(("127.0.0.1", 0) if endpoint is None else ("", endpoint[1]))
+        listening.bind(
+            ("127.0.0.1", 0) if endpoint is None else (interface(endpoint[0]), endpoint[1])
+        )
     except OSError as error:
         listening.close()
         raise RendezvousError(
@@ -60,6 +83,15 @@ def open_socket(endpoint: tuple[str, int] | None) -> socket.socket:
     listening.listen(4096)
     listening.set_inheritable(True)
     return listening
+
+
+def forget_ranks(environ: MutableMapping[str, str]) -> None:
+    """Drop what torchrun or another launch has left in a shell. This process is no rank, and those
+    that it starts get theirs from it; a store of torchrun's agent, say, is not there.
+    """
+    for name in list(environ):
+        if name in OF_RANKS or name.startswith("TORCHELASTIC_"):
+            del environ[name]
 
 
 def rank_environment(options: Options, local_rank: int, attempt: int) -> dict[str, str]:
@@ -226,7 +258,13 @@ class Launch:
         is_ours = self._stopped_by or said.get("code") == HangError.code
         if first.rank is None or is_ours or 64 <= first.code < 80:
             return
-        self._reason.write(first.code, first.rank, first.pid, str(first))
+        limit = ulimits.low_memory_limit() if first.code in CRASHES else ""
+        if limit:
+            error = ResourceError(f"{first}: {limit}, which may not suffice", do=ulimits.RAISE)
+            report(error, first.rank)
+            self._reason.write(error.code, first.rank, first.pid, error.what)
+        else:
+            self._reason.write(first.code, first.rank, first.pid, str(first))
         say(f"{first}; the other ranks were stopped")
 
     def _on_signal(self, number: int, frame: object) -> None:

@@ -29,7 +29,7 @@ from megatron_ext.mesh.signals import ignore_all, leave_at_once  # noqa: E402
 if __name__ == "__main__":
     leave_at_once()  # until the launch hears signals itself
 
-from launch.attempts import Launch  # noqa: E402
+from launch.attempts import Launch, forget_ranks  # noqa: E402
 from launch.words import USAGE, Options, WordsError, asks_for_help, read_words  # noqa: E402
 from megatron_ext.checkpoint.starting import plan  # noqa: E402
 from megatron_ext.config import parse  # noqa: E402
@@ -54,6 +54,7 @@ def _without_ranks(options: Options) -> int:
 
 def main(argv: list[str]) -> int:
     """`[options] N flags...` -> the exit code of the run."""
+    forget_ranks(os.environ)
     os.environ.setdefault("PRETRAIN_MOE_START", time.strftime("%Y%m%d-%H%M%S"))
     with exit_on_fatal():
         try:

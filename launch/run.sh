@@ -16,9 +16,22 @@ if [[ -z $python ]]; then
   done
 fi
 python=${python:-python3}
-if ! "$python" -c 'import sys, importlib.util as u; sys.exit(not (u.find_spec("megatron") and u.find_spec("torch")))'; then
-  printf 'FATAL 69 rank=0 what=%s has no torch or no megatron-core do=%s\n' "$python" \
-    "bash launch/quickstart.sh makes .venv, or PYTHON=/path/to/python names another" >&2
+# 3: Python ran and found none. Anything else: Python itself could not run here.
+found=0
+said=$("$python" -c 'import sys, importlib.util as u; sys.exit(0 if u.find_spec("megatron") and u.find_spec("torch") else 3)' 2>&1) ||
+  found=$?
+if ((found)); then
+  what="$python has no torch or no megatron-core"
+  way="bash launch/quickstart.sh makes .venv, or PYTHON=/path/to/python names another"
+  if ((found != 3)); then
+    limits=
+    for option in s v d f n u; do
+      [[ $(ulimit -$option) == unlimited ]] || limits+=", ulimit -$option is $(ulimit -$option)"
+    done
+    what="$python cannot run here: exit code $found ${said##*$'\n'}${limits}"
+    way="raise what is too low (ulimit -s 8192, the others unlimited), or PYTHON=/path/to/python names another"
+  fi
+  printf 'FATAL 69 rank=0 what=%s do=%s\n' "$what" "$way" >&2
   exit 69
 fi
 exec "$python" "$root/launch/local.py" "$@"

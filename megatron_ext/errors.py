@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ext import ulimits
 from megatron_ext.packages import missing_package
 
 INTERNAL_BUG = 70
@@ -174,16 +175,27 @@ class HangError(Fatal):
     code = 78
 
 
+def words_of(error: OSError) -> str:
+    """What the system says, and which limit it is where it is one of this process."""
+    limit = ulimits.file_limit() if error.errno == errno.EFBIG else ""
+    said = os.strerror(error.errno) if error.errno else str(error)
+    return f"{said}: {limit}, no file may be larger" if limit else said
+
+
 def one_line(text: str) -> str:
     """Collapses line breaks, so that a cause quoted from a library stays one line."""
     return " ".join(text.split())
 
 
 def current_rank(environ: dict[str, str] | os._Environ[str] = os.environ) -> int:
-    """The rank by the launcher's environment (RANK of torchrun, SLURM_PROCID of srun), else 0."""
-    for name in ("RANK", "SLURM_PROCID"):
-        if environ.get(name, "").isdecimal():
-            return int(environ[name])
+    """The rank by the launcher's environment (RANK of torchrun, SLURM_PROCID of srun), else 0: also
+    where that is not the whole of a launch, but what an earlier one left in a shell.
+    """
+    for name, of in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        rank, world = environ.get(name, ""), environ.get(of, "")
+        is_one = rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
+        if is_one and "MASTER_ADDR" in environ:
+            return int(rank)
     return 0
 
 
@@ -283,7 +295,12 @@ def _translated(error: Exception) -> Fatal | None:
     missing = missing_package(error)
     if missing:
         return MissingPackage(*missing)
-    return _of_memory(error) or _of_system(error)
+    found = _of_system(error)
+    limit = "" if isinstance(found, LostPeer) else ulimits.used_up()
+    if limit:  # whatever the error looks like
+        first_line = str(error).split("\n")[0].split("Exception raised from")[0][:300]
+        return ResourceError(f"{limit}: {type(error).__name__} {first_line}", do=ulimits.RAISE)
+    return _of_memory(error) or found
 
 
 def _of_memory(error: Exception) -> Fatal | None:
@@ -321,10 +338,13 @@ def leave_uncaught(kind: type[BaseException], error: BaseException, trace) -> No
     before its `exit_on_fatal`, is one line, too.
     """
     missing = missing_package(error)
-    if missing is None:
-        sys.__excepthook__(kind, error, trace)
-        return
-    raise SystemExit(_leave(MissingPackage(*missing), current_rank()))
+    limit = "" if missing else ulimits.used_up()
+    if missing:
+        raise SystemExit(_leave(MissingPackage(*missing), current_rank()))
+    if limit and isinstance(error, (MemoryError, ImportError, OSError)):
+        found = ResourceError(f"{limit}: {type(error).__name__} {error}", do=ulimits.RAISE)
+        raise SystemExit(_leave(found, current_rank()))
+    sys.__excepthook__(kind, error, trace)
 
 
 def as_fatal(error: Exception) -> Fatal:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_ext.checkpoint.record import MANIFEST
-from megatron_ext.errors import DiskError
+from megatron_ext.errors import DiskError, words_of
 from megatron_ext.state_files import read_text
 
 T = TypeVar("T")
@@ -42,8 +42,10 @@ def disk_error(error: OSError, path: Path, num_bytes: int | None = None) -> Disk
     reason.
     """
     where = Path(error.filename) if isinstance(error.filename, str) else path
-    what = f"cannot write the checkpoint: {os.strerror(error.errno) if error.errno else error}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    what = f"cannot write the checkpoint: {words_of(error)}"
+    if error.errno == errno.EFBIG:
+        return DiskError(what, do="raise the limit (ulimit -f unlimited)", path=where)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         need = "" if num_bytes is None else f"need {num_bytes} bytes, "
         what += f" ({need}have {free_bytes(path)} bytes)"
     return DiskError(what, do="free space, or --save a folder that can be written", path=where)

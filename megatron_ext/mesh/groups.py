@@ -27,7 +27,7 @@ STORE_FD = "PRETRAIN_MOE_STORE_FD"
 
 def _read_environment() -> tuple[int, int]:
     """(rank, world size) by torchrun's variables, else srun's, else one rank; fills torchrun's
-    names for torch.
+    names for torch. Raises ConfigError where they do not fit together.
     """
     env = os.environ
     for name, slurm, alone in (
@@ -36,6 +36,14 @@ def _read_environment() -> tuple[int, int]:
         ("LOCAL_RANK", "SLURM_LOCALID", "0"),
     ):
         env.setdefault(name, env.get(slurm, alone) if "MASTER_ADDR" in env else alone)
+    if not (env["RANK"].isdecimal() and env["WORLD_SIZE"].isdecimal()) or not (
+        int(env["RANK"]) < int(env["WORLD_SIZE"])
+    ):
+        raise ConfigError(
+            f"RANK={env['RANK']} of the environment is no rank of WORLD_SIZE={env['WORLD_SIZE']}",
+            do="unset RANK WORLD_SIZE LOCAL_RANK (did another launch leave them in this shell?),"
+            " or start with torchrun or launch/run.sh",
+        )
     rank_order.apply(env)
     return int(env["RANK"]), int(env["WORLD_SIZE"])
 

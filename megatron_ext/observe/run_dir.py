@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.config import RunConfig
-from megatron_ext.errors import DiskError
+from megatron_ext.errors import DiskError, words_of
 from megatron_ext.observe.attempt import PatientFileHandler
 
 
@@ -62,8 +62,8 @@ def create(cfg: RunConfig, where: RunDirectory) -> None:
         os.replace(temporary, where.config)
     except OSError as error:
         raise DiskError(
-            f"--run-dir cannot be written: {error.strerror}",
-            do="name a folder that you may write with --run-dir, or free space",
+            f"--run-dir cannot be written: {words_of(error)}",
+            do="name a folder that you may write with --run-dir, free space, or raise the limit",
             path=error.filename or where.root,
         ) from error
 

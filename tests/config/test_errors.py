@@ -31,11 +31,32 @@ def test_codes(name, code, capsys, monkeypatch):
 
 
 def test_shared_errors_come_from_rank_0_only(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "3")
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "here"}.items():
+        monkeypatch.setenv(name, value)
     for error in (ConfigError("usage"), DataError("data")):
         with pytest.raises(SystemExit), exit_on_fatal():
             raise error
     assert capsys.readouterr().err == "FATAL 65 rank=3 what=data\n"
+
+
+@pytest.mark.parametrize(
+    ("environ", "rank"),
+    [
+        ({"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "n"}, 3),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "MASTER_ADDR": "n"}, 2),
+        ({"RANK": "3"}, 0),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, 0),
+        ({"RANK": "3", "MASTER_ADDR": "n"}, 0),
+        ({"RANK": "3", "WORLD_SIZE": "2", "MASTER_ADDR": "n"}, 0),
+        ({"SLURM_PROCID": "2"}, 0),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4"}, 0),
+        ({"RANK": "x", "WORLD_SIZE": "4", "MASTER_ADDR": "n"}, 0),
+        ({}, 0),
+    ],
+)
+def test_a_rank_is_one_of_a_whole_launch(environ, rank):
+    """What an earlier launch has left in a shell hides no line."""
+    assert errors.current_rank(environ) == rank
 
 
 def test_violations_are_all_printed(capsys, monkeypatch):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from launch import attempts
 from tests.launch.programs import ROOT, fatal_lines, run
 from tests.ranks.harness import free_port
 from tests.ranks.tiny import TINY
@@ -39,3 +40,44 @@ def test_a_port_in_use(tmp_path):
         taken.bind(("", 0))
         taken.listen()
         assert is_one_line_of_69(lonely(0, taken.getsockname()[1], tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "bound"),
+    [
+        ("10.1.2.3", "10.1.2.3", "10.1.2.3"),
+        ("node1", "10.1.2.3", "10.1.2.3"),
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
+        ("localhost", "127.0.0.1", "127.0.0.1"),
+        ("node1", "127.0.1.1", ""),
+        ("node1", "192.0.2.9", ""),
+        ("nowhere", None, ""),
+    ],
+)
+def test_the_store_is_heard_on_the_network_of_its_endpoint_only(host, address, bound, monkeypatch):
+    """Of a machine with the addresses 10.1.2.3 and those of the loopback."""
+
+    class Socket:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def bind(self, place):
+            if not place[0].startswith(("10.1.2.3", "127.")):
+                raise OSError("not an address of this machine")
+
+    def resolve(*_):
+        if address is None:
+            raise socket.gaierror("no such name")
+        return [(0, 0, 0, "", (address, 0))]
+
+    monkeypatch.setattr(attempts.socket, "socket", Socket)
+    monkeypatch.setattr(attempts.socket, "getaddrinfo", resolve)
+    assert attempts.interface(host) == bound
+
+
+def test_a_store_of_several_nodes_is_bound_to_its_endpoint():
+    with attempts.open_socket(("127.0.0.1", 0)) as listening:
+        assert listening.getsockname()[0] == "127.0.0.1"

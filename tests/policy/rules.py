@@ -20,6 +20,7 @@ LAYER = {
     "errors": 0,
     "packages": -1,
     "owned": -1,
+    "ulimits": -1,
     "native": 0,
     "ranges": 0,
     "state_files": 0,
@@ -59,6 +60,7 @@ WITHOUT_TORCH = (
     "megatron_ext.costs",
 )
 READ_BY_LAUNCHERS = (
+    "megatron_ext.ulimits",
     *(f"megatron_ext.mesh.{name}" for name in ("attempt", "limits", "signals")),
     "megatron_ext.checkpoint.identity",
     "megatron_ext.checkpoint.starting",
