@@ -19,6 +19,7 @@ from megatron_ext.config.renamed import OTHER_NAMES, translate_before_scaling
 from megatron_ext.config.resolve import Values, merge, overlay, resolve
 from megatron_ext.config.run_config import RunConfig, build
 from megatron_ext.config.scale_down import scale_down
+from megatron_ext.config.tried import tried
 from megatron_ext.config.yaml_file import words_of_file
 from megatron_ext.errors import ConfigError, Violation
 
@@ -48,6 +49,8 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.env
     if asked.action == "explain" and values["world_size"] is None and "WORLD_SIZE" not in environ:
         values.derive("world_size", smallest_world(values.value))
     values.notes += notes
+    if not scaled:
+        tried(values, checked.settings)
     resolve(values, environ, asked.config)
     without_effect = _without_effect(checked.settings, values)
     cfg = build(
