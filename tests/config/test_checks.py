@@ -110,6 +110,13 @@ CASES = {
     "--batch-invariant-mode": "is not built by --transformer-impl local",
     "--symmetric-ar-type two_shot": "is not built by --transformer-impl local",
     "--inference-fuse-tp-communication": "is not built by --transformer-impl local",
+    "--window-size (4,0) --window-attn-skip-freq 0": "must be at least 1",
+    "--no-rope-freq 3": "--no-rope-freq 3 must divide --num-layers = 4 do=use 1, 2 or 4",
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 3": "must"
+    " divide the 4 layers of a model chunk",
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 4"
+    + PP2: "must divide the 2 layers of a model chunk",
+    "--fp16 --min-loss-scale 3e38": "must not exceed --initial-loss-scale = 4.29497e+09",
     # training
     "--micro-batch-size 4 --global-batch-size 6": "--global-batch-size 6 must be a multiple of"
     " micro-batch-size*dp = 4*1 = 4 do=use 4 or 8",

@@ -71,7 +71,7 @@ class ModelSection:
     padded_vocab_size: Size | None = None
     """Rows of the embedding table, exactly; overrides the padding rule."""
 
-    make_vocab_size_divisible_by: Size = 128
+    make_vocab_size_divisible_by: Parts = 128
     """The table's rows are padded to a multiple of this times the tensor-model-parallel size."""
 
     untie_embeddings_and_output_weights: bool = False
