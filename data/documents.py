@@ -28,7 +28,7 @@ COMPRESSIONS = (".gz", ".zst")
 SUPPORTED = ", ".join(KINDS) + " and .gz/.zst of those"
 EXAMPLES_KEPT = 5
 MAX_DOCUMENT_BYTES = 64 << 20
-"""Default of --max-document-bytes; tokenizing takes up to 170 times the bytes of a document."""
+"""Default of --max-document-bytes; tokenizing takes up to 160 times the bytes of a document."""
 SAID_CHARACTERS = 200
 
 

@@ -81,9 +81,7 @@ def measured(
     known = tuple(border for border in borders if border is not None)
     try:
         start, behind_space, *samples = (encode(text) for text in ("a", " a", *SAMPLES))
-    except (
-        Exception
-    ):  # no unknown token for what the vocabulary lacks: the library's bare Exception
+    except Exception:  # bare, from a library without a token for what the vocabulary lacks
         return PieceBytes(inside_V, inside_V, known, is_exact=False)
     first = next((index for index in start if index not in known), None)
     put_V = np.zeros(len(inside_V), dtype=bool)
@@ -103,14 +101,11 @@ def scale(
     the report nor the pieces tell.
     """
     report = read_json(Path(f"{prefix}.report.json")) or {}
-    is_its = (
-        report.get("tokenizer_fingerprint"),
-        report.get("tokens"),
-        report.get("represented_by"),
-    )
+    its = {"tokenizer_fingerprint": fingerprint, "tokens": num_tokens, "represented_by": COUNTED_BY}
     text, represented = report.get("bytes"), report.get("represented_bytes")
-    if is_its == (fingerprint, num_tokens, COUNTED_BY) and text and represented:
-        return float(text) / float(represented)
+    is_counted = all(isinstance(count, int) and count > 0 for count in (text, represented))
+    if is_counted and all(report.get(key) == value for key, value in its.items()):
+        return text / represented
     return 1.0 if pieces.is_exact else None
 
 

@@ -48,6 +48,7 @@ from megatron_ext.errors import DataError, LockedError, exit_on_fatal
 
 FORMAT = 1
 INTERRUPTED = 130
+LOSS_WORTH_SAYING = 0.01
 
 
 @dataclass(frozen=True)
@@ -301,6 +302,12 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.output}.bin {state}: documents={report['documents']} tokens={report['tokens']} "
         f"bytes={report['bytes']} skipped: {left_out or 'nothing'}"
     )
+    share = report["represented_bytes"] / max(1, report["bytes"])
+    if abs(share - 1) > LOSS_WORTH_SAYING:
+        print(
+            f"this tokenizer does not keep the text: its ids stand for {100 * share:.1f}% of the "
+            "bytes (a normalizer, white space that it drops, or words that it does not know)"
+        )
 
 
 if __name__ == "__main__":

@@ -94,10 +94,12 @@ def prepared(folder, kind, path, append_eod=True):
 
 @pytest.mark.parametrize("append_eod", [True, False])
 @pytest.mark.parametrize("name", KINDS)
-def test_bits_per_byte_are_equal_over_tokenizers(tmp_path, built, name, append_eod):
+def test_bits_per_byte_are_equal_over_tokenizers(tmp_path, built, name, append_eod, capsys):
     """A loss of one bit for each byte of the text is 1 bit a byte with every tokenizer, to 0.1%."""
     kind, path = built(name)
     prefix = prepared(tmp_path, kind, path, append_eod)
+    loses_much = name in BY_REPORT and name != "unigram nfkc"  # 0.8% of these texts
+    assert ("does not keep the text" in capsys.readouterr().out) == loses_much
     made = build_tokenizer(kind, path)
     file, text_bytes = IndexedFile(prefix), TextBytes.of(made)
     found = unigram.count_bytes(file, 0, len(file), text_bytes)
@@ -182,7 +184,9 @@ def test_a_file_without_report_and_pieces_that_cannot_tell_have_no_bits_per_byte
     words += ["--tokenizer-type", kind, "--tokenizer-model", str(path)]
     unigram.main(words)
     assert "bits_per_byte" in json.loads((tmp_path / "u.json").read_text())
-    for content in ("{}", report.read_text().replace('"pieces"', '"decoding"'), "[]"):
+    written = report.read_text()
+    wrong = [written.replace('"pieces"', '"decoding"'), written.replace('"bytes": ', '"bytes": -')]
+    for content in ("{}", "[]", *wrong):
         report.write_text(content)
         assert exact.scale(file) == (1.0 if name == "llama3" else None)
         assert (exact.scales(Blend(file)) is None) == (name == "wordpiece")
