@@ -99,8 +99,8 @@ def measure(data_path: Sequence[str], split: str, tokenizer: Tokenizer) -> dict[
     valid_V = np.sum([c * share for c, share in zip(valid, shares, strict=True)], axis=0)
     nats = nats_per_token(blended(train, weights), valid_V)
     bits = {}
-    if None not in valid_bytes:
-        num_bytes = sum(x * share for x, share in zip(valid_bytes, shares, strict=True))
+    num_bytes = sum((x or 0.0) * share for x, share in zip(valid_bytes, shares, strict=True))
+    if num_bytes and None not in valid_bytes:
         bits["bits_per_byte"] = nats * valid_V.sum() / math.log(2) / num_bytes
     return {
         "nats_per_token": nats,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,7 +128,6 @@ def test_evaluation_counts_the_bytes_of_its_labels(tmp_path, built):
     """A micro-batch of two domains, one of them by its report."""
     import torch
 
-    from data.loader import TokenBatch
     from megatron_ext.train.evaluate import count_bytes
 
     made = build_tokenizer(*built("llama2"))
@@ -136,11 +136,10 @@ def test_evaluation_counts_the_bytes_of_its_labels(tmp_path, built):
     width = max(map(len, streams))
     rows = np.array([stream + [made.eod] * (width - len(stream)) for stream in streams])
     mask = np.ones((2, width - 1), dtype=np.float32)
-    batch = TokenBatch(
-        *map(torch.from_numpy, (rows[:, :-1].copy(), rows[:, 1:].copy(), mask)),
-        position_ids_BS=torch.zeros(2, width - 1),
-        document_ids_BS=None,
-        sample_ids_B=torch.tensor([0, 1]),
+    batch = SimpleNamespace(
+        tokens_BS=torch.from_numpy(rows[:, :-1].copy()),
+        labels_BS=torch.from_numpy(rows[:, 1:].copy()),
+        loss_mask_BS=torch.from_numpy(mask),
         domain_ids_B=torch.tensor([1, 0]),
     )
     sizes = [len(text.encode()) for text in texts]
