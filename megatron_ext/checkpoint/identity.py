@@ -6,6 +6,7 @@
     course       the step that a start went back to, and a hash of its flags: it does so once
     finished     how far it was asked to train when it had done it
     launch       the launch that holds the folder or held it last
+    overwrote    it began with --overwrite-run
 
 A folder that an older version made has none: its config.yaml and checkpoints tell, and steps
 without an id are its own.
@@ -45,6 +46,7 @@ class Identity:
     finished: Mapping[str, Any] | None = None
     launch: str | None = None
     stamp: str | None = None
+    overwrote: bool = False
 
     def named(self) -> Identity:
         """The same with an id, a new one if it has none."""

@@ -37,7 +37,7 @@ from megatron_ext.checkpoint.identity import DEFAULT_START, LAUNCH, Identity
 from megatron_ext.checkpoint.lost import check_none_lost
 from megatron_ext.checkpoint.record import read_record
 from megatron_ext.config import RunConfig
-from megatron_ext.errors import ConfigError, DiskError
+from megatron_ext.errors import ConfigError, DiskError, Preempted, read_exit_reason
 from megatron_ext.mesh.attempt import is_restart
 
 STAMP = "PRETRAIN_MOE_START"
@@ -142,7 +142,9 @@ class _Plan:
         has_run = bool(self.steps) or self.has_history
         if self.cfg.observe.overwrite_run and not self._was_overwritten() and has_run:
             self._check_load_stays()
-            return Start(self._signed(Identity(), self.asked), is_new=True, overwrites=True)
+            return Start(
+                self._signed(Identity(overwrote=True), self.asked), is_new=True, overwrites=True
+            )
         if not self.steps and not self.cfg.checkpoint.allow_fresh_start:
             check_none_lost(self.own)
         if not has_run:
@@ -195,7 +197,12 @@ class _Plan:
         return load == str(_full(self.own)) or (load is None and step is not None)
 
     def _was_overwritten(self) -> bool:
-        """A restart, a requeue or the next job of a chain has its old run moved aside already."""
+        """A restart, a requeue or the next job of a chain has its old run moved aside already, and
+        so has the same command again after 75.
+        """
+        last = read_exit_reason(self.root / "exit_reason.json") or {}
+        if self.known.overwrote and last.get("code") == Preempted.code:
+            return True
         stamp = self.environ.get(STAMP)
         if stamp is None:
             return is_restart(self.environ)

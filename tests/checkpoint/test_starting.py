@@ -214,6 +214,13 @@ def test_an_old_run_is_moved_aside_once_a_launch(run):
     assert run.plan("--overwrite-run", "--num-experts", "4", PRETRAIN_MOE_START="now").goes_on
 
 
+def test_after_75_the_same_command_goes_on_also_with_overwrite_run(run):
+    run.begin(overwrote=True)
+    assert run.plan("--overwrite-run").overwrites
+    (run.root / "exit_reason.json").write_text('{"code": 75}')
+    assert run.plan("--overwrite-run").goes_on
+
+
 def test_checkpoints_beside_the_run_are_moved_beside_themselves(run, tmp_path):
     save = tmp_path / "save"
     run.begin("--save", save, step=None)
