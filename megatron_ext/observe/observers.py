@@ -95,7 +95,7 @@ class Observers:
             )
             if routing is not None:
                 self.say(console.expert_line(record, routing.num_experts))
-            self._checkpoint_events(record["step"])
+            self._checkpoint_events()
 
     def validation(self, record: dict[str, Any]) -> None:
         """A finished evaluation."""
@@ -132,7 +132,7 @@ class Observers:
             return
         if self._bar is not None:
             self._bar.stop()
-        self._checkpoint_events(self._last_routing[0])
+        self._checkpoint_events()
         self._attempt("expert_load.json", self._write_expert_load)
         self._attempt("routing.jsonl", lambda: self._artist.close())
         self._attempt("metrics.jsonl", lambda: self._metrics.close())
@@ -143,11 +143,11 @@ class Observers:
     def _show(self, tag: str, png: bytes, step: int) -> None:
         self._attempt("TensorBoard", lambda: self._board.write_picture(tag, png, step))
 
-    def _checkpoint_events(self, step: int) -> None:
+    def _checkpoint_events(self) -> None:
         """Show what the checkpoints' ledger has got since the last look."""
         for event in self._attempt("ledger.jsonl", lambda: self._ledger.new()) or ():
             self._attempt(
-                "TensorBoard", lambda event=event: self._board.write_checkpoint_event(event, step)
+                "TensorBoard", lambda event=event: self._board.write_checkpoint_event(event)
             )
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Key of a record -> TensorBoard tag: Megatron-LM's where Megatron-LM logs it. Pure functions.
 
-Layers in tags count from 0 as in Megatron-LM's `moe/z_loss_layer_0`. However large the model, there
-are at most `MOST_TAGS` scalar tags: with more layers or domains than fit, evenly spread ones have
-curves; pictures and metrics.jsonl have all.
+Layers in tags count from 1, as everywhere here (Megatron-LM's `moe/z_loss_layer_0` is layer 1).
+However large the model, there are at most `MOST_TAGS` scalar tags: with more layers or domains than
+fit, evenly spread ones have curves; pictures and metrics.jsonl have all.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _layer_scalars(name: str, record: Mapping[str, Any]) -> dict[str, float]:
     if not values:
         return {}
     return {
-        f"moe/{name}_layer_{moe[place]}": float(values[moe[place]])
+        f"moe/{name}_layer_{moe[place] + 1}": float(values[moe[place]])
         for place in spread(len(moe), MOST_LAYERS)
     }
 
@@ -120,7 +120,7 @@ def sample_scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 def layout(num_layers: int) -> dict[str, dict[str, list]]:
     """The Custom Scalars page: what to look at first, several curves in one picture."""
-    shown = [f"_layer_{layer}" for layer in spread(num_layers, 8)]
+    shown = [f"_layer_{layer + 1}" for layer in spread(num_layers, 8)]
     lines: dict[str, dict[str, list[str]]] = {
         "training": {
             "loss": ["^lm loss$", "^lm loss validation$"],

@@ -94,13 +94,14 @@ class TensorBoard:
         """A text, as Markdown."""
         self._writer.add_text(tag, text, step)
 
-    def write_checkpoint_event(self, event: Mapping[str, Any], step: int) -> None:
-        """A line of the checkpoints' ledger, shown at the step in which it was seen."""
+    def write_checkpoint_event(self, event: Mapping[str, Any]) -> None:
+        """A line of the checkpoints' ledger, at the step that it is about."""
+        step = int(event["step"] or 0)
         rest = ", ".join(
             f"{key} {value}" for key, value in event.items() if key not in ("time", "event", "step")
         )
-        self.write_text("checkpoint", f"step {event['step']} **{event['event']}** {rest}", step)
-        self._scalars({f"checkpoint/{event['event']}": float(event["step"])}, step)
+        self.write_text("checkpoint", f"step {step} **{event['event']}** {rest}", step)
+        self._scalars({f"checkpoint/{event['event']}": float(step)}, step)
 
     def close(self) -> None:
         """Write what is queued."""

@@ -107,9 +107,7 @@ def read_all(logs: Path, ranks: Collection[int], token: int) -> dict[int, list[L
 
 def cut(links: Mapping[int, list[Link]]) -> dict[Pair, str]:
     """The pairs of ranks between which a connection is cut -> what the kernel says."""
-    owner = {
-        (link.local, link.remote): rank for rank, of_rank in links.items() for link in of_rank
-    }
+    owner = {(link.local, link.remote): rank for rank, of_rank in links.items() for link in of_rank}
     found = {}
     for rank, of_rank in sorted(links.items()):
         for link in of_rank:

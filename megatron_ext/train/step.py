@@ -242,7 +242,7 @@ class Attempt:
             return None
         values = {"lm loss": self.lm_loss, "mtp loss": self.mtp_loss or 0.0}
         for name, losses_L in self.routing.losses_L.items() if self.routing else ():
-            values |= {f"{name} of layer {i}": v for i, v in enumerate(losses_L.tolist())}
+            values |= {f"{name} of layer {i}": v for i, v in enumerate(losses_L.tolist(), 1)}
         for name, value in values.items():
             if not math.isfinite(value):
                 return f"{name} is {value}"

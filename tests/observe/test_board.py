@@ -33,7 +33,7 @@ def test_at_most_400_tags_for_64_layers_and_256_experts_and_40_domains(tmp_path)
         one = {"step": 1, "split": split, "val_loss": 1.0, "bits_per_byte": 1.0}
         board.write_validation({**one, "val_loss_per_domain": domains}, True)
     for event in ("requested", "staged", "durable", "verified", "pruned", "failed", "quarantined"):
-        board.write_checkpoint_event({"event": event, "step": 1}, 1)
+        board.write_checkpoint_event({"event": event, "step": 1})
     artist = Artist(tmp_path, board.write_picture, 0)
     artist.draw(1, synthetic(True), list(domains)[:5])
     artist.close()
@@ -42,7 +42,7 @@ def test_at_most_400_tags_for_64_layers_and_256_experts_and_40_domains(tmp_path)
     found = events.Tags()
     assert len(found["scalars"]) + len(found["images"]) <= tags.MOST_TAGS
     assert set(found["images"]) == {"moe/expert load", "moe/co-selection", "moe/domains"}
-    wanted = {"lm loss", "moe/z_loss_layer_0", "moe/max_violation_layer_63", "time/all-to-all"}
+    wanted = {"lm loss", "moe/z_loss_layer_1", "moe/max_violation_layer_64", "time/all-to-all"}
     assert wanted | {"lm loss validation/domain 0", "checkpoint/durable"} <= set(found["scalars"])
     assert events.Scalars("lm loss")[0].value == 2.5
     assert "config/text_summary" in found["tensors"]
@@ -52,8 +52,8 @@ def test_at_most_400_tags_for_64_layers_and_256_experts_and_40_domains(tmp_path)
 def test_layers_without_experts_have_no_curves():
     record = {"max_violation_per_layer": [0, 0.5], "router_entropy_share_per_layer": [0.0, 0.9]}
     found = tags.step_scalars({**record, "step": 1})
-    assert found["moe/max_violation_layer_1"] == 0.5
-    assert not [tag for tag in found if tag.endswith("_layer_0")]
+    assert found["moe/max_violation_layer_2"] == 0.5
+    assert not [tag for tag in found if tag.endswith(("_layer_0", "_layer_1"))]
 
 
 @pytest.mark.parametrize(("count", "most"), [(3, 60), (61, 60), (94, 60), (1, 8)])
@@ -129,6 +129,17 @@ def test_ledger_events_come_once_and_only_whole(tmp_path):
         file.write('ified", "step": 2}\n')
     assert [one["event"] for one in events.new()] == ["verified"]
     assert LedgerEvents(tmp_path / "none").new() == []
+
+
+def test_a_checkpoint_event_is_a_card_of_its_own_step(tmp_path):
+    """Seen ten steps later, it was shown there, as the value 180 at step 190."""
+    board = TensorBoard(tmp_path, parse(TINY), 0)
+    board.write_checkpoint_event({"event": "durable", "step": 180})
+    board.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (seen,) = events.Scalars("checkpoint/durable")
+    assert (seen.step, seen.value) == (180, 180.0)
+    assert [one.step for one in events.Tensors("checkpoint/text_summary")] == [180]
 
 
 def test_a_step_without_a_close_look_draws_nothing():

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from megatron_ext.observe import routing_file
 from megatron_ext.observe.report import __main__ as report
-from megatron_ext.observe.report.compose import compose
+from megatron_ext.observe.report.compose import PAGE, compose
 from megatron_ext.observe.report.events import events
 from megatron_ext.observe.report.flags import differing, flags
 from megatron_ext.observe.report.gather import gather
@@ -167,6 +168,60 @@ def test_no_such_run_and_no_such_place(tmp_path, capsys):
             report.main(argv)
         error = capsys.readouterr().err
         assert ended.value.code == code and error.count("\n") == 1, error
+
+
+SCRIPT = """
+globalThis.document = {getElementById: () => ({})};
+const [file, resumes, box, highs] = process.argv.slice(1).map(
+  (one, at) => at ? JSON.parse(one) : one);
+const read = (name) => require("fs").readFileSync(`${file}/${name}.js`, "utf8");
+const ask = "return [resumeLabels(resumes, (s) => s, box), highs.map((h) => timeAxis(h, 'time'))]";
+const text = [...["draw", "lines", "bars"].map(read), ask].join("\\n");
+const [labels, axes] = new Function("resumes", "box", "highs", text)(resumes, box, highs);
+const shown = axes.map((one) => [one.y, ...one.ticks.map(one.format)]);
+console.log(JSON.stringify([labels, shown]));
+"""
+
+
+def _drawn(resumes, left, right, highs):
+    """What the page's scripts say, run by node: labels of resumes, axes of times."""
+    words = [str(PAGE), *map(json.dumps, (resumes, {"left": left, "right": right}))]
+    command = ["node", "-e", SCRIPT, *words, json.dumps(highs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node")
+def test_labels_of_resumes_stay_apart_and_inside():
+    for places in ([84], [1140], [84, 90, 500], [1100, 1120, 1146], list(range(84, 1146, 7))):
+        labels, _ = _drawn([[place, "#000"] for place in places], 84, 1146, [])
+        ends = [(one["x"], one["x"] + 7 * len(one["text"])) for one in labels]
+        assert ends and ends[0][0] >= 84 and ends[-1][1] <= 1146
+        assert all(end <= begin for (_, end), (begin, _) in zip(ends, ends[1:]))
+    labels, _ = _drawn([[84, "#000"], [90, "#000"], [500, "#000"]], 84, 1146, [])
+    assert [one["text"] for one in labels] == ["resumed 2 times", "resumed"]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node")
+def test_an_axis_of_times_has_one_unit():
+    _, (seconds, milli, micro) = _drawn([], 0, 1, [2.5, 0.5, 4e-5])
+    assert seconds[0] == "time (s)" and seconds[1:] == ["0", "0.5", "1", "1.5", "2", "2.5"]
+    assert milli[0] == "time (ms)" and milli[1:] == ["0", "100", "200", "300", "400", "500"]
+    assert micro[0] == "time (µs)" and micro[1:] == ["0", "10", "20", "30", "40"]
+
+
+def test_the_baseline_and_the_sample_are_on_the_page(tmp_path):
+    run = write_metrics(tmp_path / "run", 3)
+    assert (gather(run)["unigram"], gather(run)["sample"]) == (None, None)
+    (run / "data").mkdir()
+    (run / "data/unigram.json").write_text('{"nats_per_token": 6.8283, "bits_per_byte": 2.826}')
+    (run / "sample.txt").write_text("def f():\n  </script>\n")
+    found = gather(run)
+    assert found["unigram"] == {"nats_per_token": 6.8283, "bits_per_byte": 2.826}
+    assert found["sample"] == "def f():\n  </script>"
+    assert data_of(compose([found]))["runs"][0]["sample"] == found["sample"]
+    (run / "data/unigram.json").write_text("[")
+    assert gather(run)["unigram"] is None
 
 
 def test_two_runs_and_the_flags_that_differ(trained, tmp_path, capsys):

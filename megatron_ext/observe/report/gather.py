@@ -14,7 +14,7 @@ from megatron_ext.observe.report.events import events
 from megatron_ext.observe.report.flags import flags
 from megatron_ext.observe.report.routing import routing
 from megatron_ext.observe.report.thin import every, extremes, rounded
-from megatron_ext.observe.summary import read_records
+from megatron_ext.observe.summary import read_records, sample_lines
 
 CURVES = (
     "lm_loss",
@@ -31,6 +31,8 @@ CURVES = (
     "global_batch_size",
 )
 OF_EVALUATION = ("val_loss", "bits_per_byte")
+MAX_SAMPLE = 4000
+"""Characters of RUN/sample.txt."""
 MAX_TRACE = 12_000
 """Things of a trace that are drawn; the shortest are left out first."""
 
@@ -179,6 +181,8 @@ def gather(run: Path) -> dict[str, Any]:
         "median_tflop_per_s_per_rank": _median(steps, "model_tflop_per_s_per_rank"),
         "curves": curves(records),
         "violations": violations(steps),
+        "unigram": unigram(run),
+        "sample": "\n".join(sample_lines(run / "sample.txt"))[:MAX_SAMPLE] or None,
         "routing": routing(run),
         "time": time_split(steps),
         "ranks": ranks(run),
@@ -186,6 +190,17 @@ def gather(run: Path) -> dict[str, Any]:
         "flags": flags(run),
         "events": events(run, records),
     }
+
+
+def unigram(run: Path) -> dict[str, float] | None:
+    """The baseline that data.unigram left in RUN/data, for the loss curves."""
+    try:
+        found = json.loads((run / "data/unigram.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    keys = ("nats_per_token", "bits_per_byte")
+    numbers = {key: rounded(float(found[key])) for key in keys if _is_number(found, key)}
+    return numbers or None
 
 
 def _median(steps: list[dict[str, Any]], key: str) -> float | None:

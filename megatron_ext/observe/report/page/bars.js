@@ -1,7 +1,7 @@
 // Stacked bars: where time and memory go, over steps and over ranks.
 
-// columns: names along x; parts: [{name, color, values}]; options: y, x, format, hint, high (of two
-// runs side by side the higher, so that they can be compared)
+// columns: names along x; parts: [{name, color, values}], seconds, or with options.bytes bytes;
+// options: y, x, format, hint, high (of two runs side by side the higher, so that they compare)
 function stacked(columns, parts, options) {
   const width = options.wide ? 1160 : 570;
   const height = options.height || 280;
@@ -13,7 +13,8 @@ function stacked(columns, parts, options) {
   const slot = (box.right - box.left) / columns.length;
   const bar = Math.min(64, Math.max(1, slot * (columns.length > 60 ? 1 : 0.78)));
   const middle = (at) => box.left + slot * (at + 0.5);
-  frame(picture, box, (v) => v, y, [], options.bytes ? byteTicks(high) : ticks(0, high, 5), { x: options.x, y: options.y, format: options.format });
+  const axis = options.bytes ? { ticks: byteTicks(high), y: options.y, format: options.format } : timeAxis(high, options.y);
+  frame(picture, box, (v) => v, y, [], axis.ticks, { x: options.x, y: axis.y, format: axis.format });
   const everyColumn = Math.ceil((Math.max(...columns.map((c) => String(c).length)) * 8 + 10) / slot);
   columns.forEach((name, at) => {
     if (at % everyColumn === 0) picture.append(svg("text", { class: "label", x: middle(at), y: box.bottom + 18, "text-anchor": "middle" }, String(name)));
@@ -36,6 +37,13 @@ function stacked(columns, parts, options) {
   return picture;
 }
 
+// One unit for a whole axis of seconds, named once: [s, ms or us], ticks in it, and its name.
+function timeAxis(high, name) {
+  const [unit, size] = high >= 1 ? ["s", 1] : high >= 1e-3 ? ["ms", 1e-3] : ["µs", 1e-6];
+  const marked = ticks(0, high / size, 5).map((one) => one * size);
+  return { ticks: marked, y: `${name} (${unit})`, format: (value) => trim((value / size).toPrecision(4)) };
+}
+
 function byteTicks(high) {
   const unit = 1024 ** Math.max(0, Math.floor(Math.log(high / 2) / Math.log(1024)));
   return ticks(0, high / unit, 5).map((one) => one * unit);
@@ -52,7 +60,7 @@ function timeOverSteps(time) {
     values: time.mean[at],
     more: (i) => (time.worst[at][i] ? `, worst rank ${seconds(time.worst[at][i])}` : ""),
   }));
-  return stacked(time.steps.map(grouped), parts, { y: "seconds a step, mean over ranks", x: "step", format: seconds, wide: !IS_PAIR, high });
+  return stacked(time.steps.map(grouped), parts, { y: "time of a step, mean over ranks", x: "step", format: seconds, wide: !IS_PAIR, high });
 }
 
 function timeOfRanks(ranks) {
@@ -62,7 +70,7 @@ function timeOfRanks(ranks) {
   const inside = (row) => kinds.reduce((sum, kind) => sum + (kind === "save" ? 0 : row[at(kind)]), 0);
   parts.push({ name: KIND.other[1], color: KIND.other[0], values: ranks.rows.map((row) => Math.max(0, row[at("step")] - inside(row))) });
   const high = highest((run) => (run.ranks ? run.ranks.rows.map((row) => Math.max(row[at("step")] + row[at("save")], inside(row))) : []));
-  return stacked(ranks.numbers, parts, { high, y: "seconds a step", x: "rank", hint: "rank", format: seconds });
+  return stacked(ranks.numbers, parts, { high, y: "time of a step", x: "rank", hint: "rank", format: seconds });
 }
 
 const MEMORY = [["weights", "#0072b2"], ["gradients", "#009e73"], ["optimizer", "#56b4e9"]];

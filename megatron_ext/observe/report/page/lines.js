@@ -65,11 +65,32 @@ function nearest(points, step) {
   return best;
 }
 
+// Where "resumed" stands: resumes of which two labels would overlap share one, inside the plot.
+// resumes: [[step, color]]; returns [{x, text, color}], x is the text's left end.
+function resumeLabels(resumes, x, box) {
+  const wide = (text) => 7 * text.length;
+  const groups = [];
+  for (const [step, color] of [...resumes].sort((a, b) => a[0] - b[0])) {
+    const last = groups[groups.length - 1];
+    if (last && x(step) - last.x < wide("resumed 99 times") + 8) {
+      last.count += 1;
+      if (last.color !== color) last.color = "#6e7781";
+    } else {
+      groups.push({ x: x(step), color, count: 1 });
+    }
+  }
+  const named = groups.map((one) => ({ ...one, text: one.count > 1 ? `resumed ${one.count} times` : "resumed" }));
+  for (const one of named) one.x = Math.max(box.left, Math.min(one.x + 4, box.right - wide(one.text)));
+  return named.filter((one, at) => at === named.length - 1 || one.x + wide(one.text) <= named[at + 1].x);
+}
+
 function marks(picture, box, x, resumes) {
-  for (const [step, color] of resumes) {
+  const inside = resumes.filter(([step]) => x(step) >= box.left - 0.5 && x(step) <= box.right + 0.5);
+  for (const [step, color] of inside) {
     picture.append(svg("line", { class: "mark", x1: x(step), x2: x(step), y1: box.top, y2: box.bottom, style: `stroke:${color}` }));
-    const isRight = x(step) > box.right - 70;
-    picture.append(svg("text", { x: x(step) + (isRight ? -4 : 4), y: box.top + 10, "text-anchor": isRight ? "end" : "start", style: `fill:${color}` }, "resumed"));
+  }
+  for (const one of resumeLabels(inside, x, box)) {
+    picture.append(svg("text", { class: "resumed", x: one.x, y: box.top + 10, style: `fill:${one.color}` }, one.text));
   }
 }
 
@@ -86,7 +107,8 @@ function lines(series, options) {
   const [y, yTicks] = valueScale(shown, options.log, box.top, box.bottom);
   const format = options.format || short;
   const xTicks = last === first ? [first] : wholeTicks(first, last, options.wide ? 10 : 6);
-  frame(picture, box, x, y, xTicks, yTicks, { x: "step", y: options.y, format });
+  const isLog = options.log && extent(shown, 1)[0] > 0;
+  frame(picture, box, x, y, xTicks, yTicks, { x: "step", y: isLog ? `${options.y}, log scale` : options.y, format });
   marks(picture, box, x, options.resumes || []);
   for (const one of shown) {
     const style = `stroke:${one.color};${one.dash ? `stroke-dasharray:${one.dash}` : ""}`;

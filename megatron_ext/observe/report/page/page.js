@@ -49,10 +49,29 @@ function curveCard(title, note, keys, options) {
     points: run.curves[key],
   }))).filter((one) => one.points);
   if (!series.length) return null;
+  if (options.baseline) series.push(...baselines(series, options.baseline));
   const box = card(title, note, options.wide);
   if (series.length > 1) box.append(legend(series.map((one) => [one.color, one.name, one.dash]), true));
   box.append(lines(series, { ...options, resumes: resumes() }));
   return box;
+}
+
+// The unigram baseline of each run as a level over all steps of the picture.
+function baselines(series, key) {
+  const steps = series.flatMap((one) => one.points.map(([step]) => step));
+  const ends = [Math.min(...steps), Math.max(...steps)];
+  return RUNS.flatMap((run, index) => (run.unigram && run.unigram[key] ? [{
+    name: IS_PAIR ? `${run.name}, unigram baseline` : "unigram baseline",
+    color: IS_PAIR ? RUN_COLOR[index] : "#6e7781",
+    dash: "2 4",
+    points: ends.map((step) => [step, run.unigram[key]]),
+  }] : []));
+}
+
+function samplePart() {
+  if (RUNS.every((run) => !run.sample)) return;
+  const grid = part("sample", "Sample");
+  forRuns(grid, "What the model wrote", "", { has: (run) => Boolean(run.sample), draw: (run) => el("pre", { class: "sample" }, run.sample), wide: () => true }, "No sample.txt.");
 }
 
 function domainCard() {
@@ -66,10 +85,10 @@ function domainCard() {
 function curvesPart() {
   const grid = part("loss", "Loss");
   const all = [
-    curveCard("Loss", "Cross entropy of the next token. Dots are evaluations.", [["lm_loss", "training"], ["validation/val_loss", "validation", true], ["test/val_loss", "test", true]], { y: "nats a token", wide: true, height: 330 }),
+    curveCard("Loss", "Cross entropy of the next token. Dots are evaluations.", [["lm_loss", "training"], ["validation/val_loss", "validation", true], ["test/val_loss", "test", true]], { y: "nats a token", wide: true, height: 330, baseline: "nats_per_token" }),
     curveCard("Learning rate", "", [["learning_rate", "learning rate"]], { y: "learning rate" }),
     curveCard("Gradient norm", "Before clipping.", [["grad_norm", "gradient norm"]], { y: "L2 norm", log: true }),
-    curveCard("Validation, bits a byte", "Comparable between tokenizers.", [["validation/bits_per_byte", "bits a byte", true]], { y: "bits a byte" }),
+    curveCard("Validation, bits a byte", "Comparable between tokenizers.", [["validation/bits_per_byte", "bits a byte", true]], { y: "bits a byte", baseline: "bits_per_byte" }),
     domainCard(),
     curveCard("Tokens a second", "", [["tokens_per_s", "tokens a second"]], { y: "tokens/s" }),
   ];
@@ -202,6 +221,7 @@ function tablesPart() {
 const title = document.getElementById("head");
 title.append(el("h1", {}, IS_PAIR ? `${RUNS[0].name} and ${RUNS[1].name}` : RUNS[0].name), ...RUNS.map(head), el("p", { class: "note" }, `Page made ${DATA.made}.`));
 curvesPart();
+samplePart();
 expertsPart();
 costPart();
 tracePart();
