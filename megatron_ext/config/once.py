@@ -19,6 +19,12 @@ ONCE: dict[str, str] = {
 }
 """dest -> why the next start does not take it from config.yaml."""
 
+FOLLOWS = frozenset(
+    {"lr_decay_iters", "lr_decay_samples", "start_weight_decay", "end_weight_decay"}
+)
+"""Written as a comment, too, where it was derived: with more --train-iters the next start has a
+longer decay, not the lowest learning rate behind the end of the first one's."""
+
 OF_A_LOAD: dict[str, object] = {
     "finetune": False,
     "moe_use_upcycling": False,

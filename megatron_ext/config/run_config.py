@@ -17,7 +17,7 @@ from typing import Any
 from megatron_ext.config import flags
 from megatron_ext.config.argv import Setting
 from megatron_ext.config.mcore_fields import transformer_fields
-from megatron_ext.config.once import ONCE
+from megatron_ext.config.once import FOLLOWS, ONCE
 from megatron_ext.config.resolve import Values
 from megatron_ext.config.sections.checkpoint import CheckpointSection
 from megatron_ext.config.sections.data import DataSection
@@ -192,6 +192,7 @@ class RunConfig:
                 # what this launch's environment said is no setting of the next one, nor what it
                 # was to do once
                 is_past = entry["origin"] == "environment" or (attribute in ONCE and entry["value"])
+                is_past = is_past or (attribute in FOLLOWS and entry["origin"] == "derived")
                 lines.append(f"# {text}" if is_past else text)
         return "\n".join(lines) + "\n"
 

@@ -35,6 +35,13 @@ def test_an_evaluation_is_not_remembered(tmp_path, flag):
     assert not cfg.train.eval_only and not cfg.train.skip_train
 
 
+def test_more_steps_have_a_decay_of_their_own(tmp_path):
+    path = remembered(tmp_path / "config.yaml", "")
+    assert parse(["--config", path, "--train-iters", "9"], {}).schedule.lr_decay_iters == 9
+    given = remembered(tmp_path / "given.yaml", "--lr-decay-iters 7")
+    assert parse(["--config", given, "--train-iters", "9"], {}).schedule.lr_decay_iters == 7
+
+
 FIRST = "--load other --finetune --ckpt-step 3 --no-load-optim --no-load-rng"
 
 
