@@ -14,6 +14,7 @@ from tests.faults import (
     rows_kill,
     rows_lease,
     rows_limits,
+    rows_trust,
     rows_watch,
 )
 from tests.faults.bench import Bench
@@ -89,6 +90,8 @@ ROWS: dict[int, Row] = {
     40: Row("soak", runs=rows_kill.row_40, trials=1),
     41: Row("a rollback that is killed", files=rows_course.row_41, cases=200),
     42: Row("stopped ranks", runs=rows_watch.row_42, trials=6),
+    43: Row("foreign or torn kept files", files=rows_trust.row_43, cases=300),
+    44: Row("a failing fast tier", runs=rows_trust.row_44, trials=6),
 }
 
 
