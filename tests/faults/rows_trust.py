@@ -1,4 +1,4 @@
-"""Rows 43 and 44: what a start keeps for the next one is another user's or torn; a fast tier fails."""
+"""Rows 43 and 44: what is kept for the next start is another user's or torn; a fast tier fails."""
 
 from __future__ import annotations
 
@@ -74,8 +74,9 @@ def spoil(path: Path, way: str, draw: random.Random) -> None:
         bits = draw.choice((0o002, 0o022))
         path.chmod(path.stat().st_mode | bits)
     elif way == "link":
-        path.rename(path.with_name("elsewhere"))
-        path.symlink_to(path.with_name("elsewhere"))
+        elsewhere = path.with_name(f"{path.name}.elsewhere")
+        path.rename(elsewhere)
+        path.symlink_to(elsewhere)
     else:
         content = path.read_bytes()
         path.write_bytes(content[: draw.randrange(len(content))])
