@@ -195,11 +195,11 @@ def _drawn(resumes, left, right, highs):
 def test_labels_of_resumes_stay_apart_and_inside():
     for places in ([84], [1140], [84, 90, 500], [1100, 1120, 1146], list(range(84, 1146, 7))):
         labels, _ = _drawn([[place, "#000"] for place in places], 84, 1146, [])
-        ends = [(one["x"], one["x"] + 7 * len(one["text"])) for one in labels]
+        ends = [(one["x"], one["x"] + 7.6 * len(one["text"])) for one in labels]
         assert ends and ends[0][0] >= 84 and ends[-1][1] <= 1146
         assert all(end <= begin for (_, end), (begin, _) in zip(ends, ends[1:]))
     labels, _ = _drawn([[84, "#000"], [90, "#000"], [500, "#000"]], 84, 1146, [])
-    assert [one["text"] for one in labels] == ["resumed 2 times", "resumed"]
+    assert [one["text"] for one in labels] == ["resumed ×2", "resumed"]
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="no node")

@@ -65,22 +65,25 @@ function nearest(points, step) {
   return best;
 }
 
-// Where "resumed" stands: resumes of which two labels would overlap share one, inside the plot.
-// resumes: [[step, color]]; returns [{x, text, color}], x is the text's left end.
+// Where "resumed" stands: resumes of which two labels would overlap share one, behind the last of
+// them, or before the first where the plot ends. resumes: [[step, color]]; returns [{x, text, color}],
+// x is the text's left end.
 function resumeLabels(resumes, x, box) {
-  const wide = (text) => 7 * text.length;
+  const wide = (text) => 7.6 * text.length;
   const groups = [];
   for (const [step, color] of [...resumes].sort((a, b) => a[0] - b[0])) {
     const last = groups[groups.length - 1];
-    if (last && x(step) - last.x < wide("resumed 99 times") + 8) {
-      last.count += 1;
-      if (last.color !== color) last.color = "#6e7781";
+    if (last && x(step) - last.to < wide("resumed ×99") + 8) {
+      Object.assign(last, { to: x(step), count: last.count + 1, color: last.color === color ? color : "#6e7781" });
     } else {
-      groups.push({ x: x(step), color, count: 1 });
+      groups.push({ from: x(step), to: x(step), color, count: 1 });
     }
   }
-  const named = groups.map((one) => ({ ...one, text: one.count > 1 ? `resumed ${one.count} times` : "resumed" }));
-  for (const one of named) one.x = Math.max(box.left, Math.min(one.x + 4, box.right - wide(one.text)));
+  const named = groups.map(({ from, to, color, count }) => {
+    const text = count > 1 ? `resumed ×${count}` : "resumed";
+    const fits = to + 4 + wide(text) <= box.right;
+    return { text, color, x: fits ? to + 4 : Math.max(box.left, from - 4 - wide(text)) };
+  });
   return named.filter((one, at) => at === named.length - 1 || one.x + wide(one.text) <= named[at + 1].x);
 }
 
