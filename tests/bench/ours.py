@@ -11,8 +11,11 @@ from typing import Any
 
 from tests.bench.gate import Gate
 
-ENDLESS = ("--train-iters", "1000000", "--hang-limit-s", "100000")
-"""It waits for the turns of the others."""
+ENDLESS = (
+    *("--train-iters", "1000000", "--hang-limit-s", "100000"),
+    *("--lr-decay-style", "constant", "--lr-warmup-iters", "0"),
+)
+"""It waits for the turns of the others; the learning rate is theirs."""
 
 
 def run(name: str, spec: dict[str, Any], gate: Gate) -> None:

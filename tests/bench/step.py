@@ -5,8 +5,10 @@
     python -m tests.bench step --ranks 2                # dp2 and ep2 against one process, no peers
 
 Ours is the real training loop with its default flags (tests/bench/ours.py); a peer is forward,
-backward and AdamW (tests/bench/peers). All see the same batches of --mock-data. Peers run in the
-Python of --peers-python (or $PEERS_PYTHON, or .venv-peers), which has requirements-peers.txt.
+backward, clipping and AdamW (tests/bench/peers), with ours' numbers (tests/bench/recipe.py). Where
+its curve is not ours' to a tolerance and nothing explains it, the bench ends with 1. All see the
+same batches of --mock-data. Peers run in the Python of --peers-python (or $PEERS_PYTHON, or
+.venv-peers), which has requirements-peers.txt.
 
 --at-once N: peers in groups of N, each group interleaved with ours and the ceilings; "ours is" is
 taken within a group, ours' own line is over all rounds. --tune-peers: peers get what our trainer
@@ -29,6 +31,7 @@ from typing import Any
 from tests.bench import table
 from tests.bench.driver import Candidate, Result, interleaved, started
 from tests.bench.peers import candidates as peers
+from tests.bench.recipe import disagreements, recipe_of
 from tests.bench.shapes import Shape, add_flags, flags_of, shape_of
 from tests.bench.step_table import Found, report
 
@@ -102,7 +105,7 @@ def measured(args: argparse.Namespace, flags: list[str] | None = None) -> tuple[
             "dtype": args.dtype,
             "threads": args.threads,
             "data": str(data),
-            "lr": cfg.optimizer.lr,
+            "recipe": recipe_of(cfg),
             "tune": args.tune_peers,
         }
         own = own_candidates(args, flags)
@@ -121,4 +124,7 @@ def main(argv: list[str]) -> int:
     args = options().parse_args(argv)
     found, shape = measured(args)
     print(report(found, shape, args))
-    return 1 if found.ours.error else 0
+    wrong = disagreements(found.ours, [other for other, _ in found.others])
+    for line in wrong:
+        print(f"curves: {line}")
+    return 1 if found.ours.error or wrong else 0

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Peer:
     """`module` is a file here, `variant` what it is asked for; `is_installed_here`: it needs
-    nothing but the trainer's own environment; `only_in`: the one precision in which it makes sense.
+    nothing but the trainer's own environment; `only_in`: the one precision in which it makes sense;
+    `differs`: why its loss curve need not be ours.
     """
 
     label: str
@@ -17,6 +18,7 @@ class Peer:
     is_compiled: bool = False
     is_installed_here: bool = False
     only_in: str = ""
+    differs: str = ""
 
 
 def _both(label: str, module: str, variant: str, **more) -> list[Peer]:
@@ -26,19 +28,23 @@ def _both(label: str, module: str, variant: str, **more) -> list[Peer]:
     ]
 
 
+NORMS = "norms of q and k besides"
+BIAS = "a bias per expert instead of a balance loss"
+NO_AUX = "no balance loss"
+DROPS = "drops tokens over the capacity"
 PEERS = [
     *_both("plain PyTorch, grouped_mm", "plain", "", is_installed_here=True),
     *_both("HF Mixtral, eager", "hf", "mixtral:eager"),
     *_both("HF Mixtral, grouped_mm", "hf", "mixtral:grouped_mm"),
     *_both("HF Mixtral, batched_mm", "hf", "mixtral:batched_mm"),
-    *_both("HF Qwen3-MoE, eager", "hf", "qwen3:eager"),
-    *_both("HF Qwen3-MoE, grouped_mm", "hf", "qwen3:grouped_mm"),
-    *_both("HF Qwen3-MoE, batched_mm", "hf", "qwen3:batched_mm"),
-    *_both("torchtitan MoE", "titan", ""),
-    *_both("torchtitan MoE, without casts", "titan", "whole", only_in="fp32"),
+    *_both("HF Qwen3-MoE, eager", "hf", "qwen3:eager", differs=NORMS),
+    *_both("HF Qwen3-MoE, grouped_mm", "hf", "qwen3:grouped_mm", differs=NORMS),
+    *_both("HF Qwen3-MoE, batched_mm", "hf", "qwen3:batched_mm", differs=NORMS),
+    *_both("torchtitan MoE", "titan", "", differs=BIAS),
+    *_both("torchtitan MoE, without casts", "titan", "whole", only_in="fp32", differs=BIAS),
     *_both("OLMo-core dropless", "olmo", "dropless"),
-    *_both("litgpt LLaMAMoE", "lit", ""),
-    *_both("DeepSpeed MoE, capacity", "deep", "capacity"),
+    *_both("litgpt LLaMAMoE", "lit", "", differs=NO_AUX),
+    *_both("DeepSpeed MoE, capacity", "deep", "capacity", differs=DROPS),
     *_both("DeepSpeed MoE, dropless", "deep", "dropless"),
     Peer("megatron-core SequentialMLP", "megatron", "", is_installed_here=True),
 ]

@@ -1,12 +1,15 @@
-"""The training step of a peer: forward, backward, AdamW; nothing else.
+"""The training step of a peer: forward, backward, clipping, AdamW; nothing else.
 
 bf16: weights and gradients in bf16, fp32 masters that the fused AdamW updates, copied back.
-fp32: weights, gradients and AdamW in fp32. No clipping, no logging but the loss.
+fp32: weights, gradients and AdamW in fp32. No logging but the loss. Learning rate, betas, epsilon,
+weight decay (matrices only), the limit of the gradient's norm and initial deviations are ours
+(tests/bench/recipe.py), so that the curves must agree.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import sys
 from importlib import import_module
 from typing import Any
@@ -18,20 +21,29 @@ from tests.bench.gate import Gate
 from tests.bench.peers.catalogue import PEERS
 from tests.bench.shapes import Shape, dtype_of
 
+WRITES = re.compile(r"attention\.out\.weight|down_|down\.|w2|\.proj\.")
+"""Names of the second matrices of attention and experts in the layers that sit in decoder.py."""
+
 
 class MasterAdamW:
-    """Fused AdamW on fp32 copies of those parameters that are not fp32."""
+    """Clipping and fused AdamW, on fp32 copies of those parameters that are not fp32."""
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
+    def __init__(self, parameters: list[nn.Parameter], recipe: dict[str, Any]) -> None:
         self.low = [p for p in parameters if p.dtype != torch.float32]
         self.masters = [p.detach().float() for p in self.low]
         for master in self.masters:
             master.grad = torch.zeros_like(master)
         whole = [p for p in parameters if p.dtype == torch.float32]
+        self.updated = self.masters + whole
+        decay = recipe["weight_decay"]
+        groups = [
+            {"params": [p for p in self.updated if p.dim() > 1], "weight_decay": decay},
+            {"params": [p for p in self.updated if p.dim() < 2], "weight_decay": 0.0},
+        ]
         self.adam = torch.optim.AdamW(
-            self.masters + whole, lr=lr, betas=(0.9, 0.999), weight_decay=0.1, fused=True
+            groups, lr=recipe["lr"], betas=recipe["betas"], eps=recipe["eps"], fused=True
         )
-        self.parameters = parameters
+        self.parameters, self.clip = parameters, recipe["clip"]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -40,6 +52,8 @@ class MasterAdamW:
         if self.low:
             torch._foreach_copy_([master.grad for master in self.masters], grads)
         del grads
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(self.updated, self.clip)
         self.adam.step()
         if self.low:
             torch._foreach_copy_(self.low, self.masters)
@@ -48,12 +62,16 @@ class MasterAdamW:
 
 
 def initialise(model: nn.Module, std: float = 0.02) -> nn.Module:
-    """The same module with matrices normal(0, std), as ours; vectors stay what they were."""
+    """The same module with matrices normal(0, std), those that write into the residual stream
+    divided by sqrt(2 layers), as ours; vectors stay what they were.
+    """
     torch.manual_seed(1234)
+    blocks = getattr(model, "blocks", ())
     with torch.no_grad():
-        for p in model.parameters():
+        for name, p in model.named_parameters():
             if p.dim() > 1:
-                p.normal_(0.0, std)
+                is_last = bool(blocks) and WRITES.search(name) is not None
+                p.normal_(0.0, std / math.sqrt(2 * len(blocks)) if is_last else std)
     return model
 
 
@@ -82,7 +100,7 @@ def run(name: str, spec: dict[str, Any], gate: Gate) -> None:
     model: nn.Module = module.model(peer.variant, shape, gate, dtype).train()
     loss_of = torch.compile(model) if peer.is_compiled else model
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = MasterAdamW(parameters, spec["lr"])
+    optimizer = MasterAdamW(parameters, spec["recipe"])
     after = getattr(module, "after_step", None)
     gate.facts["parameters"] = sum(p.numel() for p in parameters)
     gate.facts.setdefault("note", module.NOTE)
