@@ -25,14 +25,14 @@ class Failures:
         self._fast = frozenset(fast)
         self._failing: set[Path] = set()
         self._in_a_row = 0
-        self.last: Fatal | None = None
+        self.last: Fatal | OSError | None = None
         """Why the store's last save failed, where it did."""
 
-    def add(self, step: int, directory: Path, error: Fatal) -> None:
+    def add(self, step: int, directory: Path, error: Fatal | OSError) -> None:
         """A save into `directory` failed, on all ranks. Raises the error where the run cannot go
         on: the third in a row in the store, or a lease that is lost.
         """
-        if error.code == LockedError.code:
+        if getattr(error, "code", None) == LockedError.code:
             raise error
         is_news = not isinstance(error, FailedElsewhere)  # on the rank that found it
         if directory in self._fast:
