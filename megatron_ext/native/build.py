@@ -32,6 +32,7 @@ from megatron_ext.owned import ForeignFile, read_own, require_own_folder
 OPTIONS = "-O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
 COMPILE_LIMIT_S = 120
 HASH = hashlib.sha256
+_foreign: list[Path] = []  # for one warning; ranks that are forked later know it, too
 
 
 class BuildError(Exception):
@@ -118,12 +119,13 @@ def load(source: Path, options: Sequence[str] = ()) -> ctypes.CDLL:
             or _load_uncached(source, options)
         )
     except ForeignFile as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if not _foreign and os.environ.get("LOCAL_RANK", "0") == "0":
             logging.getLogger(__name__).warning(
                 "%s: its libraries are not used; compiled anew for this start"
                 " (chown and chmod go-w, or remove it, or name another with XDG_CACHE_HOME)",
                 error,
             )
+        _foreign.append(folder)
         return _load_uncached(source, options)
     except (OSError, RuntimeError):
         return _load_uncached(source, options)

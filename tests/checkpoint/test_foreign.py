@@ -74,6 +74,7 @@ def test_a_foreign_library_is_not_executed(way, tmp_path, monkeypatch, caplog):
 def _a_library(folder: Path, monkeypatch, answer: int) -> tuple[Path, Path]:
     """(library in the cache that gives `answer`, its source, which says 7)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setattr(build, "_foreign", [])
     source, other = folder / "seven.cpp", folder / "other.cpp"
     text = 'extern "C" int answer() { return %d; }\n'
     source.write_text(text % 7)
