@@ -75,10 +75,10 @@ def main(argv: list[str] | None = None) -> None:
             if cfg.broken:
                 raise ConfigError(violations=cfg.broken)
         elif cfg.action == "dry-run":
-            from megatron_ext.checkpoint.starting import plan
             from megatron_ext.costs.dryrun import dry_run
+            from megatron_ext.preflight import preflight
 
-            print(dry_run(cfg), plan(cfg).told(cfg), sep="\n")
+            print(dry_run(cfg, preflight(cfg)))
         else:
             die_with_parent()
             check_limits()

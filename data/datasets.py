@@ -228,9 +228,14 @@ def _document_range(data_cfg, file: IndexedFile, split: int) -> tuple[int, int]:
     """Documents of a file that belong to a split."""
     if not data_cfg.data_path:
         return 0, len(file)
+    return check_split(data_cfg, len(file))[split]
+
+
+def check_split(data_cfg, num_documents: int = 1) -> list[tuple[int, int]]:
+    """The documents of each split of --split, as [first, last + 1). Raises ConfigError."""
     text = getattr(data_cfg, "split", None) or DEFAULT_SPLIT
     try:
-        return pack.split_ranges(text, len(file))[split]
+        return pack.split_ranges(text, num_documents)
     except ValueError:
         raise ConfigError(
             f"--split {text} must be one to three numbers of 0 or more that do not sum to 0",

@@ -81,15 +81,10 @@ def build_tokenizer(
         DataError: a file that is missing, or is not what the name says.
     """
 
-    def named(flag: str, value: str | int | Path | None):
-        if value is None:
-            raise ConfigError(
-                f"--tokenizer-type {tokenizer_type} needs {flag}", do=f"add {flag} ..."
-            )
-        return value
+    check_flags(tokenizer_type, tokenizer_model, vocab_size, vocab_file, merge_file)
 
     def model() -> Path:
-        return Path(named("--tokenizer-model", tokenizer_model))
+        return Path(tokenizer_model)
 
     builders: dict[str, Callable[[], Tokenizer]] = {
         "SentencePieceTokenizer": lambda: sentencepiece_model.SentencePieceTokenizer(model()),
@@ -102,18 +97,54 @@ def build_tokenizer(
             model(), tiktoken_pattern, tiktoken_num_special_tokens, vocab_size
         ),
         "GPT2BPETokenizer": lambda: foreign_tokenizers.GPT2BPETokenizer(
-            Path(named("--vocab-file", vocab_file)), Path(named("--merge-file", merge_file))
+            Path(vocab_file), Path(merge_file)
         ),
-        "NullTokenizer": lambda: foreign_tokenizers.NullTokenizer(
-            int(named("--vocab-size", vocab_size))
-        ),
+        "NullTokenizer": lambda: foreign_tokenizers.NullTokenizer(int(vocab_size)),
     }
-    if tokenizer_type not in builders:
+    return builders[tokenizer_type]()
+
+
+NEEDS = {
+    **dict.fromkeys(
+        (
+            "SentencePieceTokenizer",
+            "GPTSentencePieceTokenizer",
+            "Llama2Tokenizer",
+            "HuggingFaceTokenizer",
+            "TikTokenizer",
+        ),
+        ("--tokenizer-model",),
+    ),
+    "GPT2BPETokenizer": ("--vocab-file", "--merge-file"),
+    "NullTokenizer": ("--vocab-size",),
+}
+"""The flags without which a tokenizer cannot be made."""
+
+
+def check_flags(
+    tokenizer_type: str | None,
+    tokenizer_model: str | Path | None,
+    vocab_size: int | None = None,
+    vocab_file: str | Path | None = None,
+    merge_file: str | Path | None = None,
+) -> None:
+    """Raises ConfigError for an unknown name and for a missing flag."""
+    if tokenizer_type not in NEEDS:
         raise ConfigError(
             f"--tokenizer-type {tokenizer_type} is not known here",
-            do=f"use one of {', '.join(builders)}",
+            do=f"use one of {', '.join(NEEDS)}",
         )
-    return builders[tokenizer_type]()
+    given = {
+        "--tokenizer-model": tokenizer_model,
+        "--vocab-size": vocab_size,
+        "--vocab-file": vocab_file,
+        "--merge-file": merge_file,
+    }
+    for flag in NEEDS[tokenizer_type]:
+        if given[flag] is None:
+            raise ConfigError(
+                f"--tokenizer-type {tokenizer_type} needs {flag}", do=f"add {flag} ..."
+            )
 
 
 def files_of(

@@ -36,6 +36,7 @@ from megatron_ext.config import parse  # noqa: E402
 from megatron_ext.costs.dryrun import dry_run  # noqa: E402
 from megatron_ext.errors import ConfigError, exit_on_fatal  # noqa: E402
 from megatron_ext.mesh.limits import check_limits  # noqa: E402
+from megatron_ext.preflight import preflight  # noqa: E402
 
 PROGRAM = ROOT / "pretrain_moe.py"
 WITHOUT_RANKS = ("--help", "-h", "--print-config", "--dry-run", "--explain-flags")
@@ -73,6 +74,7 @@ def main(argv: list[str]) -> int:
         if cfg.scaled and not several:
             options = replace(options, num_ranks=cfg.parallel.world_size)
         dry_run(cfg)
+        preflight(cfg)
         start = plan(cfg)
         if start.is_complete:
             print(start.told(cfg))

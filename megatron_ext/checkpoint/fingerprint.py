@@ -25,7 +25,7 @@ MAY_CHANGE: dict[str, str] = {
     "evaluation": """
         eval_iters eval_interval full_validation valid_data_path test_data_path""",
     "reading ahead, caches and files: the samples are the same": """
-        data_cache_path mmap_bin_files data_hash num_workers num_dataset_builder_threads
+        data_cache_path check_files mmap_bin_files data_hash num_workers num_dataset_builder_threads
         create_attention_mask_in_dataloader""",
     "the initial weights, which a checkpoint replaces": """
         init_method_std embedding_init_method_std init_method_xavier_uniform

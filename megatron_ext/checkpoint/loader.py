@@ -27,7 +27,7 @@ from megatron_ext.checkpoint import complete, folder, rng, shards
 from megatron_ext.checkpoint.content import content_differences
 from megatron_ext.checkpoint.fingerprint import differences, shown
 from megatron_ext.checkpoint.hashes import Damaged
-from megatron_ext.checkpoint.lost import check_none_lost, lost_steps, told_of
+from megatron_ext.checkpoint.lost import check_loadable, lost_steps, told_of
 from megatron_ext.checkpoint.manifest import Manifest
 from megatron_ext.checkpoint.nodes import Nodes
 from megatron_ext.checkpoint.reader import StoredTensors, check_share, object_of
@@ -286,12 +286,8 @@ def candidates(
     """
     steps = folder.steps(load_from)
     if cfg.ckpt_step is not None:
-        if cfg.ckpt_step in steps:
-            return [Found(cfg.ckpt_step, load_from)]
-        known = ", ".join(map(str, steps)) or "none"
-        raise DataError(
-            f"--ckpt-step {cfg.ckpt_step} is not there", do=f"use one of: {known}", path=load_from
-        )
+        check_loadable(cfg, load_from, own)
+        return [Found(cfg.ckpt_step, load_from)]
     is_own = own is not None and own.resolve() == load_from.resolve()
     latest = folder.latest_step(load_from)
     newest = latest if latest in steps else (steps[0] if steps else 0)
@@ -304,15 +300,8 @@ def candidates(
         found += [(False, -step, Found(step, tier, number)) for step in ahead]
     if found:
         return [entry[2] for entry in sorted(found, key=lambda entry: entry[:2])]
-    if not cfg.allow_fresh_start:
-        check_none_lost(load_from)
-    if cfg.allow_fresh_start or is_own:
-        return []
-    raise DataError(
-        "--load: this folder holds no checkpoint",
-        do="name a folder that holds step_... folders, or --allow-fresh-start",
-        path=load_from,
-    )
+    check_loadable(cfg, load_from, own)
+    return []
 
 
 def _warn_of_owner(found: list[Found]) -> None:

@@ -6,6 +6,8 @@ A pure function of the configuration: no torch, no process group, any number of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_ext.config import RunConfig
 from megatron_ext.config.stages import Chunk
 from megatron_ext.costs.flops import model_flops_per_token
@@ -18,8 +20,10 @@ UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 STAGES_SHOWN = 16
 
 
-def dry_run(cfg: RunConfig) -> str:
-    """The text of a dry run, without a final line break."""
+def dry_run(cfg: RunConfig, looked_at: Sequence[str] = ()) -> str:
+    """The text of a dry run, without a final line break. `looked_at`: lines about what is outside
+    of the configuration: files, folders, memory.
+    """
     parts = [
         format_grid(layout_of(cfg.parallel)),
         _pipeline(cfg),
@@ -27,6 +31,7 @@ def dry_run(cfg: RunConfig) -> str:
         _batch(cfg),
         *loss_lines(cfg),
         *cfg.scaled,
+        *looked_at,
         *(f"warning: {text}" for text in cfg.warnings),
         "dry run: every rule holds; nothing was started",
     ]

@@ -40,6 +40,7 @@ LAYER = {
     "resilience": 7,
     "train": 8,
     "planner": 8,
+    "preflight": 9,
     "generate": 9,
     "parity": 9,
     "replay": 9,
@@ -61,6 +62,7 @@ WITHOUT_TORCH = (
 )
 READ_BY_LAUNCHERS = (
     "megatron_ext.ulimits",
+    "megatron_ext.preflight",
     *(f"megatron_ext.mesh.{name}" for name in ("attempt", "limits", "signals")),
     "megatron_ext.checkpoint.identity",
     "megatron_ext.checkpoint.starting",

@@ -57,8 +57,8 @@ def rules(cfg: RunConfig, environ: Mapping[str, str]) -> Iterator[Violation]:
         return
     for rule, use in _unserved(cfg):
         yield Violation(FLAG, "triton", rule, f"{use}, or {TORCH}")
-    if cfg.action != "train":
-        return
+    if cfg.action != "train" and cfg.parallel.device != "cpu":
+        return  # it may be about another machine
     not_cuda = ", not --device cpu" if cfg.parallel.device == "cpu" else ""
     if lacking := missing(not_cuda, environ):
         yield Violation(FLAG, "triton", *lacking)

@@ -11,6 +11,7 @@ from megatron_ext.errors import Violation
 LOCAL_ONLY: tuple[tuple[str, tuple, str], ...] = (
     ("experimental_attention_variant", (None,), "remove it"),
     ("linear_attention_freq", (None,), "remove it"),
+    ("moe_latent_size", (None,), "use --transformer-impl transformer_engine, or remove it"),
     ("heterogeneous_block_specs", (False,), "remove it"),
     ("hybrid_context_parallel", (False,), "remove it"),
     ("attention_output_gate", (False,), "remove it"),

@@ -33,6 +33,10 @@ class DataSection:
     mock_data: bool = False
     """Made-up tokens instead of files."""
 
+    check_files: bool = True
+    """--dry-run and the launcher open the tokenizer and the data files, as a run does. Off: they
+    lie on another machine."""
+
     data_cache_path: str | None = None
     """Folder of the cached sample indices. Default: beside the data."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_ext.ranges import Layers, Minutes, Parts, Wait
+from megatron_ext.ranges import Layers, Minutes, Parts, Positive, Wait
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,10 @@ class ParallelSection:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live. auto: cuda where a GPU is visible, else cpu."""
+
+    device_memory_gb: Positive | None = None
+    """Memory of a device in GB. --dry-run and the launcher refuse a run whose estimate of the
+    fullest rank is above it."""
 
     cpu_kernels: Literal["auto", "native", "torch"] = "auto"
     """Row-wise steps (norms, SwiGLU, softmax ...) on a CPU. native: one pass each, and tensors
