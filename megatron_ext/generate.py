@@ -60,7 +60,7 @@ def one_rank_config(run: dict, folder: str, options: list[str]) -> RunConfig:
 
 def _flags() -> argparse.ArgumentParser:
     parser = CommandLine("python -m megatron_ext.generate", __doc__)
-    parser.add_argument("--load", required=True, help="folder of checkpoints, RUN/checkpoints")
+    parser.add_argument("--load", required=True, help="RUN, RUN/checkpoints or one of its steps")
     parser.add_argument(
         "--ckpt-step", type=number("Whole"), help="step to load; default: the newest"
     )
@@ -99,11 +99,13 @@ def write(args: argparse.Namespace) -> None:
     logging.captureWarnings(True)  # megatron-core's about its own options are no news to a reader
     device = start(args.device)
     options = ["--device", device.kind]
-    if args.ckpt_step is not None:
-        options += ["--ckpt-step", str(args.ckpt_step)]
-    cfg = one_rank_config(_saved_run(Path(args.load), args.ckpt_step), args.load, options)
-
     from megatron_ext.checkpoint import Checkpointer, Progress, TrainState
+    from megatron_ext.checkpoint.folder import named_step
+
+    load, step = named_step(Path(args.load), args.ckpt_step)
+    if step is not None:
+        options += ["--ckpt-step", str(step)]
+    cfg = one_rank_config(_saved_run(load, step), str(load), options)
     from megatron_ext.mesh.groups import process_groups
     from megatron_ext.model.gpt import build_chunks, vocabulary
     from megatron_ext.train import setup
@@ -113,7 +115,7 @@ def write(args: argparse.Namespace) -> None:
         tokenizer = setup.tokenizer(cfg)
         words = vocabulary(cfg, tokenizer.vocab_size)
         (model,) = build_chunks(cfg, words)
-        checkpointer = Checkpointer(cfg.checkpoint, None, Path(args.load), run_info={})
+        checkpointer = Checkpointer(cfg.checkpoint, None, load, run_info={})
         checkpointer.load(TrainState([model], None, None, Progress()))
         prompt = tokenizer.encode(args.prompt) or [tokenizer.eod]
         new = generate(

@@ -15,7 +15,7 @@ from data.indexed import IndexedFile
 from data.skip import parse_ranges
 from data.tokenizer import build_tokenizer, check_flags, files_of
 from megatron_ext.checkpoint.lost import check_loadable
-from megatron_ext.checkpoint.starting import folders, plan
+from megatron_ext.checkpoint.starting import folders, named_load, plan
 from megatron_ext.checkpoint.tiers import tiers_of
 from megatron_ext.config import RunConfig
 from megatron_ext.costs.tensors import padded_vocab_size
@@ -28,6 +28,7 @@ def preflight(cfg: RunConfig) -> list[str]:
 
     Raises ConfigError (64) with all wrong flags together, else the first DataError (65) of a file.
     """
+    cfg = named_load(cfg)
     found = [error for check in _flag_checks(cfg) if (error := _error_of(check))]
     broken = [error for error in found if error.code == ConfigError.code]
     if broken:

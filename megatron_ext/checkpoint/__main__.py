@@ -39,17 +39,19 @@ def run(argv: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(argv)
     start("cpu")
     from megatron_ext.checkpoint import commands, rehearse
+    from megatron_ext.checkpoint.folder import named_step
 
+    if asked.command == "diff":
+        return 0 if commands.diff(*map(commands.step_folder, asked.folders)) else 1
+    directory, step = named_step(asked.folder, getattr(asked, "step", None), "--step")
     if asked.command == "list":
-        commands.list_(asked.folder)
+        commands.list_(directory)
     elif asked.command == "verify":
-        commands.verify(asked.folder, asked.step)
-    elif asked.command == "diff":
-        return 0 if commands.diff(*asked.folders) else 1
+        commands.verify(directory, step)
     elif asked.command == "prune":
-        commands.prune(asked.folder, asked.keep_last, asked.keep_every, asked.dry_run)
+        commands.prune(directory, asked.keep_last, asked.keep_every, asked.dry_run)
     else:
-        rehearse.rehearse(asked.folder, asked.step, asked.layout)
+        rehearse.rehearse(directory, step, asked.layout)
     return 0
 
 

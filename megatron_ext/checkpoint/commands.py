@@ -38,6 +38,12 @@ def pick(directory: Path, step: int | None) -> Path:
     return directory / folder.step_name(steps[0] if step is None else step)
 
 
+def step_folder(path: Path) -> Path:
+    """The folder of a step: `path` itself, or the newest of the run or folder that it names."""
+    directory, step = folder.named(path)
+    return pick(directory, step) if step is not None or folder.steps(directory) else path
+
+
 def layout_text(layout: Mapping[str, Any]) -> str:
     """`tp2,pp2` : the axes that are larger than 1."""
     shown = [f"{axis}{layout[axis]}" for axis in _AXES if (layout.get(axis) or 1) != 1]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_ext.checkpoint.record import MANIFEST
-from megatron_ext.errors import DiskError, words_of
+from megatron_ext.errors import ConfigError, DiskError, words_of
 from megatron_ext.state_files import read_text
 
 T = TypeVar("T")
@@ -190,6 +190,30 @@ def steps(directory: Path, replaced: bool = False) -> list[int]:
     pattern = _REPLACED if replaced else _STEP
     found = (pattern.fullmatch(path.name) for path in directory.iterdir() if path.is_dir())
     return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def named(path: Path) -> tuple[Path, int | None]:
+    """(folder of checkpoints, step or None) for a folder that a person would name: RUN,
+    RUN/checkpoints or RUN/checkpoints/step_00000100. Anything else is taken as it is.
+    """
+    step = _STEP.fullmatch(path.absolute().name)
+    if step and path.is_dir() and not steps(path):
+        return path.absolute().parent, int(step[1])
+    inside = path / "checkpoints"
+    if not steps(path) and latest_step(path) is None and inside.is_dir():
+        return inside, None
+    return path, None
+
+
+def named_step(path: Path, asked: int | None, flag: str = "--ckpt-step") -> tuple[Path, int | None]:
+    """`named`, with the step that a flag asks for. Raises ConfigError where both say another."""
+    directory, step = named(path)
+    if step is not None and asked not in (None, step):
+        raise ConfigError(
+            f"{flag} {asked}, but {path} is step {step}",
+            do=f"leave {flag} out, or name {directory}",
+        )
+    return directory, asked if step is None else step
 
 
 def latest_step(directory: Path) -> int | None:

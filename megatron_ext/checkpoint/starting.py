@@ -83,12 +83,24 @@ def folders(cfg: RunConfig) -> tuple[Path, Path]:
     return root, Path(cfg.checkpoint.save or root / "checkpoints")
 
 
+def named_load(cfg: RunConfig) -> RunConfig:
+    """The config whose --load is a folder of checkpoints, where a run or a step was named. Raises
+    ConfigError.
+    """
+    checkpoint = cfg.checkpoint
+    if checkpoint.load is None:
+        return cfg
+    directory, step = folder.named_step(Path(checkpoint.load), checkpoint.ckpt_step)
+    named = replace(checkpoint, load=str(directory), ckpt_step=step)
+    return cfg if directory == Path(checkpoint.load) else replace(cfg, checkpoint=named)
+
+
 def plan(cfg: RunConfig, environ: Mapping[str, str] = os.environ) -> Start:
     """What this start means. Raises ConfigError where it would damage a run, DataError where its
     checkpoints are gone, DiskError where the folders cannot be read.
     """
     try:
-        return _Plan(cfg, environ).made()
+        return _Plan(named_load(cfg), environ).made()
     except OSError as error:
         raise DiskError(
             f"the run's folder cannot be read: {error.strerror}",

@@ -32,6 +32,7 @@ VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 def open_checkpoint(load: Path, step: int | None) -> stream.StoredTensors:
     """The newest checkpoint of a folder, or the one of `step`. Raises DataError."""
+    load, step = on_disk.named_step(load, step)
     known = on_disk.steps(load)
     newest = on_disk.latest_step(load)
     chosen = step if step is not None else (newest if newest in known else max(known, default=None))

@@ -15,10 +15,11 @@ from megatron_ext.checkpoint import Checkpointer, TrainState, folder, identity
 from megatron_ext.checkpoint.aside import move_run
 from megatron_ext.checkpoint.identity import Identity
 from megatron_ext.checkpoint.lock import Leases
-from megatron_ext.checkpoint.starting import Start, asked_length, folders, plan, settled
+from megatron_ext.checkpoint.starting import Start, asked_length, folders, named_load, plan, settled
 from megatron_ext.checkpoint.state import Progress
 from megatron_ext.checkpoint.tiers import has_fast_step
 from megatron_ext.config import RunConfig
+from megatron_ext.config.sections.checkpoint import CheckpointSection
 from megatron_ext.errors import EXIT_REASON
 from megatron_ext.mesh.agree import first_rank
 from megatron_ext.observe import run_dir
@@ -50,7 +51,7 @@ def held(cfg: RunConfig) -> Iterator[Held]:
     run_dir.warn_on_console(torch.distributed.get_rank())
     leases = Leases(folders(cfg)) if torch.distributed.get_rank() == 0 else None
 
-    def open_() -> tuple[str, Start]:
+    def open_() -> tuple[str, Start, CheckpointSection]:
         where = run_dir.places(cfg, cfg.observe.run_dir)
         plan(cfg)
         leases.take()
@@ -61,11 +62,11 @@ def held(cfg: RunConfig) -> Iterator[Held]:
             run_dir.create(cfg, where)
             _identify(where.root, start.identity)
             (where.root / "exit_reason.json").unlink(missing_ok=True)
-        return cfg.observe.run_dir, start
+        return cfg.observe.run_dir, start, named_load(cfg).checkpoint
 
     try:
-        name, start = first_rank(open_)
-        cfg = replace(cfg, observe=replace(cfg.observe, run_dir=name))
+        name, start, loads = first_rank(open_)
+        cfg = replace(cfg, observe=replace(cfg.observe, run_dir=name), checkpoint=loads)
         start = _with_fast_tiers(cfg, start)
         cfg = settled(cfg, start)
         where = run_dir.places(cfg, name)
