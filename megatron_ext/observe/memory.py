@@ -51,7 +51,8 @@ def _leaf_optimizers(optimizer: Any) -> list[Any]:
     return [one.optimizer for one in chained if getattr(one, "optimizer", None) is not None]
 
 
-def _states(optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+def states(optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    """(what it is, tensor) of all that an optimizer keeps on this rank."""
     for leaf in _leaf_optimizers(optimizer):
         for group in leaf.param_groups:
             for number, parameter in enumerate(group["params"]):
@@ -70,7 +71,8 @@ def _gradients(chunks: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
                     yield f"gradient buffer {number} of {kind}", one.grad_data
 
 
-def _weights(chunks: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
+def weights(chunks: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
+    """(name and chunk, tensor) of all parameters of this rank."""
     for index, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():
             yield f"weight {name} of chunk {index}", parameter
@@ -90,9 +92,9 @@ def split(state: Any) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer of this rank; a storage counts once."""
     seen: set[int] = set()
     return {
-        "weights": _storage_bytes(_weights(state.chunks), seen),
+        "weights": _storage_bytes(weights(state.chunks), seen),
         "gradients": _storage_bytes(_gradients(state.chunks), seen),
-        "optimizer": _storage_bytes(_states(state.optimizer), seen),
+        "optimizer": _storage_bytes(states(state.optimizer), seen),
     }
 
 
@@ -115,7 +117,7 @@ def _alive() -> Iterator[tuple[str, Tensor]]:
 def largest(state: Any, error: BaseException) -> list[tuple[int, str, str]]:
     """(bytes, what it is, its place) of all tensors that Python knows, largest first."""
     found: dict[int, tuple[int, str, str]] = {}
-    sources = (_weights(state.chunks), _gradients(state.chunks), _states(state.optimizer))
+    sources = (weights(state.chunks), _gradients(state.chunks), states(state.optimizer))
     for named in (*sources, _frame_variables(error), _alive()):
         for place, tensor in named:
             storage = tensor.untyped_storage()

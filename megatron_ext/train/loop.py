@@ -28,6 +28,7 @@ from megatron_ext.resilience import replicas
 from megatron_ext.resilience.guard import Guard
 from megatron_ext.resilience.watch import current, entering
 from megatron_ext.train.evaluate import evaluate
+from megatron_ext.train.finite import check_finite
 from megatron_ext.train.observed import Observed
 from megatron_ext.train.step import StepResult, prepare_config, to_device, train_step
 from megatron_ext.train.stop import StopRequest
@@ -213,6 +214,14 @@ def _reason(run: Run, result: StepResult, by_signal: bool, observed: Observed) -
     return f"--exit-interval {interval}" if is_due else None
 
 
+def _save(run: Run, tier: str = STORE) -> None:
+    """Save what is finite. Raises NumericError, DiskError."""
+    entering("save")
+    if run.cfg.ddp.check_for_nan_in_grad:
+        check_finite(run.state)
+    run.checkpointer.save(run.state, tier)
+
+
 def train(run: Run, stop: StopRequest) -> str:
     """Train until the last step or a reason to stop, and save; returns the reason ("finished" at
     the end). Raises Preempted (75) where a signal came: no time is spent on an evaluation then.
@@ -241,8 +250,7 @@ def train(run: Run, stop: StopRequest) -> str:
             if _is_multiple(step, cfg.train.eval_interval) and step < num_steps and not by_signal:
                 by_signal = _evaluate(run, "validation", stop)
             if tier := STORE if observed.must_save else run.checkpointer.due(step):
-                entering("save")
-                run.checkpointer.save(run.state, tier)
+                _save(run, tier)
                 saved_step = observed.saved_step = step if tier == STORE else saved_step
             if cfg.train.manual_gc and _is_multiple(step, cfg.train.manual_gc_interval):
                 gc.collect()
@@ -251,7 +259,7 @@ def train(run: Run, stop: StopRequest) -> str:
                 break
         entering("save")
         if saved_step != progress.step:
-            run.checkpointer.save(run.state)
+            _save(run)
         run.checkpointer.finish()
         observed.stop_if_asked()
         if reason == "a signal":

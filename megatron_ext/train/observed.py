@@ -25,6 +25,7 @@ from megatron_ext.observe.metrics import routing_values
 from megatron_ext.optim.params_norm import params_norm
 from megatron_ext.resilience.health import Health, Verdict, worst
 from megatron_ext.resilience.watch import entering
+from megatron_ext.train.finite import check_finite
 from megatron_ext.train.step import Attempt, StepResult, StepSettings
 
 
@@ -128,6 +129,7 @@ class Observed:
         step = self._run.state.progress.step
         if self.saved_step != step:
             entering("save")
+            check_finite(self._run.state)
             self._run.checkpointer.save(self._run.state)
             self._run.checkpointer.finish()
             self.saved_step = step
