@@ -19,7 +19,7 @@ from megatron_ext.checkpoint.starting import folders, named_load, plan
 from megatron_ext.checkpoint.tiers import tiers_of
 from megatron_ext.config import RunConfig
 from megatron_ext.costs.tensors import padded_vocab_size
-from megatron_ext.errors import ConfigError, Fatal, Violation
+from megatron_ext.errors import ConfigError, DataError, Fatal, Violation
 from megatron_ext.planner.memory import all_stages, worst
 
 
@@ -33,9 +33,19 @@ def preflight(cfg: RunConfig) -> list[str]:
     broken = [error for error in found if error.code == ConfigError.code]
     if broken:
         raise ConfigError(violations=[_violation(error) for error in broken])
-    if found:
-        raise found[0]
-    return [*_files(cfg), _memory(cfg), plan(cfg).told(cfg)]
+    for error in found:
+        raise _with_way_out(error, cfg)
+    try:
+        looked_at = _files(cfg)
+    except DataError as error:
+        raise _with_way_out(error, cfg) from error
+    return [*looked_at, _memory(cfg), plan(cfg).told(cfg)]
+
+
+def _with_way_out(error: Fatal, cfg: RunConfig) -> Fatal:
+    if cfg.action == "dry-run":
+        error.do += "; --no-check-files where it lies on another machine"
+    return error
 
 
 def _error_of(check: Callable[[], object]) -> Fatal | None:
@@ -59,10 +69,12 @@ def _flag_checks(cfg: RunConfig) -> Iterator[Callable[[], object]]:
     if data.tokenizer_type or not data.mock_data:
         if data.tokenizer_type or _has_data(cfg):
             yield lambda: check_flags(*_tokenizer(cfg))
-    if not data.mock_data and _has_data(cfg):
+    reads = data.check_files or not data.per_split_data_args_path
+    if not data.mock_data and _has_data(cfg) and reads:
         yield lambda: blends_of(data)
         yield lambda: check_split(data)
-    if load := cfg.checkpoint.load:
+    load = cfg.checkpoint.load
+    if load and data.check_files:
         yield lambda: check_loadable(cfg.checkpoint, Path(load), folders(cfg)[1])
 
 

@@ -18,15 +18,19 @@ start("cpu")
 
 import pytest
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from megatron_ext.native import loops
 
 
 @pytest.fixture(autouse=True)
 def _no_scale_of_an_earlier_test():
-    """megatron-core keeps the scale of the balance losses in a class: later ranks would fork it."""
+    """megatron-core keeps the scale of the balance losses, and a table of as many rows as the first
+    model had depths, in classes: later ranks would fork them.
+    """
     yield
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    MTPLossLoggingHelper.tracker = {}
 
 
 @pytest.fixture(params=["auto", "torch"])

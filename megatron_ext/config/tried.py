@@ -4,12 +4,13 @@
 
 A warm-up of 2000 steps does not fit into 50. Where a flag makes a file's run so short that a part
 of its schedule does not fit, the part keeps its share of the run. Where a flag asks for mock data,
-the file's tokenizer is not read. Each is one warning; a flag of the same command always wins.
+the file's tokenizer need not be there. Each is one warning; a flag of the same command always wins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_ext.config.argv import Setting
 from megatron_ext.config.resolve import Values
@@ -34,7 +35,9 @@ def _of_file(values: Values, dest: str) -> bool:
 
 
 def _without_data(v: Values) -> None:
-    """Mock data by a flag: no path and no tokenizer of a file is read; the vocabulary stays."""
+    """Mock data by a flag: no path of a file is read, and a tokenizer that is not on this disk is
+    not wanted; the vocabulary stays.
+    """
     if not v["mock_data"] or v.origin["mock_data"] != "flag":
         return
     for dest in DATA:
@@ -42,12 +45,17 @@ def _without_data(v: Values) -> None:
             v.derive(dest, None)
     size = v["vocab_size"] or v["padded_vocab_size"]
     kind = v["tokenizer_type"]
+    model = v["tokenizer_model"]
     if not _of_file(v, "tokenizer_type") or kind == "NullTokenizer" or not size:
+        return
+    if model is None or Path(model).exists():
         return
     v.derive("tokenizer_type", "NullTokenizer")
     v.derive("tokenizer_model", None)
     v.derive("vocab_size", size - 1)  # NullTokenizer adds an end of document
-    v.notes.append(f"--mock-data: the file's {kind} is not read, ids are numbers below {size}")
+    v.notes.append(
+        f"--mock-data: {model} is not on this disk and not read: ids are numbers below {size}"
+    )
 
 
 def _shorten(v: Values, planned: Setting, asked: Setting) -> None:

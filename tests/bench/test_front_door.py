@@ -138,7 +138,8 @@ def test_plain_pytorch_equals_a_loop_over_experts():
 
 def test_masters_keep_what_bf16_would_lose():
     weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    optimizer = MasterAdamW([weight], lr=1e-4)
+    recipe = {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "clip": 0.0}
+    optimizer = MasterAdamW([weight], recipe)
     for _ in range(100):
         weight.grad = torch.ones_like(weight)
         optimizer.step()

@@ -66,7 +66,8 @@ def test_what_is_missing_is_said_before_torch_is_imported(monkeypatch):
     assert _refusals("") == []
     (line,) = _refusals("", environ={})
     assert "--moe-kernels triton needs a CUDA device, not --device cpu" in line
-    assert _refusals("--dry-run", environ={}) == []
+    assert _refusals("--dry-run", environ={}) == [line]  # --device cpu says which machine it is
+    assert _refusals("--dry-run --device auto", environ={}) == []
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
     (line,) = _refusals("")
     assert "--moe-kernels triton needs Triton, which is not installed" in line

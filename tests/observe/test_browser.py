@@ -94,7 +94,7 @@ def test_the_report_shows_every_part(shown, trained):
     text = shown.until_text(
         "Loss", "Learning rate", "Gradient norm", "Load of each expert", "Imbalance of each layer",
         "Where the time of a step goes", "Memory of each rank", "One step, rank by rank",
-        "Configuration", "Events", "nats a token", "seconds a step, mean over ranks",
+        "Configuration", "Events", "nats a token", "time of a step, mean over ranks",
     )  # fmt: skip
     assert "resumed" in text and "rank 0: waits for stages" in text
     assert "never" not in text and "undefined" not in text and "NaN" not in text
