@@ -14,6 +14,7 @@ from megatron_ext.checkpoint.hashes import Damaged
 from megatron_ext.checkpoint.ledger import Ledger, verified_steps
 from megatron_ext.checkpoint.lock import Lease
 from megatron_ext.checkpoint.manifest import Manifest
+from megatron_ext.checkpoint.patience import patiently
 from megatron_ext.checkpoint.reader import StoredTensors, check_share
 from megatron_ext.checkpoint.tiers import STORE, Tier, to_prune
 from megatron_ext.errors import DataError
@@ -23,7 +24,7 @@ _AXES = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")
 
 def found_steps(directory: Path) -> list[int]:
     """The steps of a folder, newest first. Raises DataError where there is none."""
-    steps = folder.steps(directory)
+    steps = patiently(lambda: folder.steps(directory), directory)
     if not steps:
         raise DataError("no checkpoint here", do="name a folder with step_...", path=directory)
     return steps

@@ -30,6 +30,7 @@ from megatron_ext.checkpoint.hashes import Damaged
 from megatron_ext.checkpoint.lost import check_loadable, lost_steps, told_of
 from megatron_ext.checkpoint.manifest import Manifest
 from megatron_ext.checkpoint.nodes import Nodes
+from megatron_ext.checkpoint.patience import patiently
 from megatron_ext.checkpoint.reader import StoredTensors, check_share, object_of
 from megatron_ext.checkpoint.record import read_record
 from megatron_ext.checkpoint.spots import OBJECT_PREFIX
@@ -284,7 +285,7 @@ def candidates(
     Empty: start fresh. That is allowed for the run's own folder and with --allow-fresh-start;
     otherwise a folder without a checkpoint is a DataError.
     """
-    steps = folder.steps(load_from)
+    steps = patiently(lambda: folder.steps(load_from), load_from)
     if cfg.ckpt_step is not None:
         check_loadable(cfg, load_from, own)
         return [Found(cfg.ckpt_step, load_from)]
@@ -306,7 +307,10 @@ def candidates(
 
 def _warn_of_owner(found: list[Found]) -> None:
     for path in {entry.directory for entry in found} | {entry.path for entry in found[:1]}:
-        why = folder.gate(path) if path.exists() else None
+        try:
+            why = folder.gate(path) if path.exists() else None
+        except OSError:
+            continue  # the load says it where the disk goes on refusing
         if why:
             _log.warning("%s %s: whoever may write there decides what this run loads", path, why)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_ext.checkpoint import folder
 from megatron_ext.checkpoint.ledger import standing_steps
+from megatron_ext.checkpoint.patience import patiently
 from megatron_ext.errors import DataError
 
 
@@ -19,7 +20,8 @@ def lost_steps(directory: Path) -> list[int]:
     latest = folder.latest_step(directory)
     if latest is not None:
         named.add(latest)
-    return sorted(named - set(folder.steps(directory, replaced=True)), reverse=True)
+    there = patiently(lambda: folder.steps(directory, replaced=True), directory)
+    return sorted(named - set(there), reverse=True)
 
 
 def told_of(lost: Sequence[int]) -> str:

@@ -121,9 +121,10 @@ def read(path: Path, may_lack_files: bool = False) -> Manifest:
     another version. `may_lack_files`: other nodes hold files
     of it, and who opens one checks its size.
     """
-    if path.is_symlink() or not path.is_dir():
+    if patiently(lambda: path.is_symlink() or not path.is_dir(), path):
         raise DataError("a checkpoint must be a folder and no symbolic link", path=path)
-    if not (path / MANIFEST).exists() and (path / OLD_RECORD).exists():
+    names = patiently(lambda: os.listdir(path), path)
+    if MANIFEST not in names and OLD_RECORD in names:
         raise DataError(
             "checkpoint is of format version 1 (torch_dist with pickled metadata), this program"
             f" reads version {VERSION}",
@@ -146,7 +147,7 @@ def read(path: Path, may_lack_files: bool = False) -> Manifest:
     for name in found.files if not may_lack_files else ():
         os.close(found.open(name))
     known = {MANIFEST, *found.files}
-    extra = sorted(name for name in patiently(lambda: os.listdir(path), path) if name not in known)
+    extra = sorted(name for name in names if name not in known)
     if extra:
         raise Damaged(
             f"checkpoint holds {len(extra)} files that were not written with it, as {extra[0]!r}",

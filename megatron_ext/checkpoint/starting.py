@@ -35,6 +35,7 @@ from megatron_ext.checkpoint.fingerprint import (
 )
 from megatron_ext.checkpoint.identity import DEFAULT_START, LAUNCH, Identity
 from megatron_ext.checkpoint.lost import check_none_lost
+from megatron_ext.checkpoint.patience import patiently
 from megatron_ext.checkpoint.record import read_record
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError, DiskError, Preempted, read_exit_reason
@@ -128,7 +129,7 @@ class _Plan:
         self.asked = _asked(cfg)
         self.mine = fingerprint(cfg)
         self.has_history = _has_bytes(self.root / "metrics.jsonl")
-        self.steps = folder.steps(self.own)
+        self.steps = patiently(lambda: folder.steps(self.own), self.own)
         known = identity.read(self.root)
         self.newest = self._newest(known)
         if self.newest is None and self.steps and not (known and self.has_history):

@@ -191,6 +191,8 @@ REFUSALS = [
     ("open", "manifest.json", errno.ESTALE),
     ("preadv", "rank_00000.safetensors", errno.EIO),
     ("listdir", "step_00000002", errno.EIO),
+    ("stat", "step_00000002", errno.ESTALE),
+    ("stat", "step_00000002", errno.EACCES),
 ]
 
 

@@ -14,6 +14,7 @@ from tests.faults import (
     rows_kill,
     rows_lease,
     rows_limits,
+    rows_read,
     rows_trust,
     rows_watch,
 )
@@ -92,6 +93,7 @@ ROWS: dict[int, Row] = {
     42: Row("stopped ranks", runs=rows_watch.row_42, trials=6),
     43: Row("foreign or torn kept files", files=rows_trust.row_43, cases=300),
     44: Row("a failing fast tier", runs=rows_trust.row_44, trials=6),
+    45: Row("a disk that refuses to be read", files=rows_read.row_45, cases=500),
 }
 
 

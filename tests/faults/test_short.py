@@ -16,7 +16,7 @@ from tests.faults.outcome import TRIED, Outcome, folded, total
 from tests.faults.registry import ROWS, chosen
 
 SEED = int(os.environ.get("FAULTS_SEED", "1"))
-CASES = {18: 500, 19: 500, 20: 500, 21: 20, 25: 20, 26: 400, 29: 6, 41: 20, 43: 30}
+CASES = {18: 500, 19: 500, 20: 500, 21: 20, 25: 20, 26: 400, 29: 6, 41: 20, 43: 30, 45: 60}
 TRIALS = {
     **{1: 8, 2: 1, 4: 2, 5: 1, 7: 1, 8: 100, 9: 100, 10: 2, 11: 2, 17: 1, 27: 100, 28: 2},
     **{30: 1, 31: 1, 32: 1, 34: 1, 37: 1, 38: 1, 39: 1, 40: 1, 42: 1, 44: 1},
