@@ -15,6 +15,11 @@ LARGEST = 1 << 62
 MOST_PARTS = 1 << 24
 """Layers, experts, ranks: readers count through them."""
 LONGEST_TEXT = 64 << 20
+SCHEDULE = (
+    *("max_lr", "min_lr", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "num_steps"),
+    *("start_wd", "end_wd", "wd_incr_steps", "wd_incr_style"),
+)
+"""What megatron-core's schedule reads; a manifest holds all of it or no schedule."""
 
 
 def check_record(body: Mapping[str, Any]) -> None:
@@ -27,20 +32,33 @@ def check_record(body: Mapping[str, Any]) -> None:
     for name, value in body["layout"].items():
         if value is not None:
             _count(f"layout.{name}", value, 1, MOST_PARTS)
-    for name, value in body["progress"].items():
-        _count(f"progress.{name}", value)
-    if body["progress"]["step"] != body["step"]:
-        raise ValueError(f"progress.step is {body['progress']['step']}, step is {body['step']}")
+    _check_progress(body["step"], body["progress"])
     _number("time", body.get("time", 0.0))
     _is("id", body.get("id", ""), str)
     for name, value in (body.get("model") or {}).items():
         if value is not None:
             _count(f"model.{name}", value, 1, MOST_PARTS)
-    _check_optimizer(body.get("optimizer"))
-    _check_numbers("scheduler", body.get("scheduler"))
+    _check_optimizer(body["optimizer"])
+    _check_schedule(body["scheduler"])
     for name, kind in (("config", str), ("fingerprint", dict), ("id", str)):
         if body["run"].get(name) is not None:
             _is(f"run.{name}", body["run"][name], kind)
+
+
+def _check_progress(step: int, value: Mapping[str, Any]) -> None:
+    for name, count in value.items():
+        _count(f"progress.{name}", count)
+    if value["step"] != step:
+        raise ValueError(f"progress.step is {value['step']}, step is {step}")
+    if step and "consumed_samples" not in value:
+        raise ValueError("progress has no consumed_samples: a run would see its data again")
+
+
+def _check_schedule(value: Any) -> None:
+    _check_numbers("scheduler", value)
+    lacking = [name for name in SCHEDULE if name not in (value or SCHEDULE)]
+    if lacking:
+        raise ValueError(f"scheduler has no {lacking[0]}")
 
 
 def _check_optimizer(value: Any) -> None:

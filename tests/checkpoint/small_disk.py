@@ -27,7 +27,9 @@ def write_step(directory: Path, step: int, value: float, ranks: int = 2, rows: i
         image.copy()
         files[name] = write_image(image, writing / name)
         pieces.append((spot, name, layout.places[0][1]))
-    record = {"step": step, "layout": {}, "progress": {"step": step}, "run": {}, "extra": {}}
+    record = {"step": step, "layout": {}, "run": {}, "extra": {}}
+    record |= {"progress": {"step": step, "consumed_samples": step}}
+    record |= {"optimizer": None, "scheduler": None}
     return folder.publish(writing, directory, step, manifest.describe(record, files, iter(pieces)))
 
 

@@ -24,7 +24,9 @@ def _complete(directory, step, value=1.0):
     image = Image(layout.header, [(80, torch.full((4, 5), value))], Pool())
     image.copy()
     files = {SHARD: write_image(image, writing / SHARD)}
-    record = {"step": step, "layout": {}, "progress": {"step": step}, "run": {}, "extra": {}}
+    record = {"step": step, "layout": {}, "run": {}, "extra": {}}
+    record |= {"progress": {"step": step, "consumed_samples": step}}
+    record |= {"optimizer": None, "scheduler": None}
     text = manifest.describe(record, files, iter([(spot, SHARD, layout.places[0][1])]))
     return folder.publish(writing, directory, step, text)
 

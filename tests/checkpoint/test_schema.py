@@ -112,6 +112,40 @@ CASES = [
 ]
 
 
+LEFT_OUT = [
+    ("optimizer",),
+    ("scheduler",),
+    ("optimizer", "step"),
+    ("optimizer", "grad_scaler"),
+    ("progress", "step"),
+    ("progress", "consumed_samples"),
+    ("scheduler", "min_lr"),
+    ("scheduler", "wd_incr_steps"),
+    ("layout",),
+    ("run",),
+    ("extra",),
+]
+
+
+def _without(body, path):
+    body = copy.deepcopy(body)
+    place = body
+    for name in path[:-1]:
+        place = place[name]
+    del place[path[-1]]
+    return body
+
+
+@pytest.mark.parametrize("path", LEFT_OUT)
+def test_a_part_that_is_not_there_is_damage(saved, tmp_path, path):
+    """Not a KeyError in who needs it."""
+    shutil.copytree(saved, tmp_path / "ckpt")
+    step = tmp_path / "ckpt" / folder.step_name(2)
+    _write(step, _without(_body(step)["manifest"], path))
+    with pytest.raises(Damaged, match=path[-1]):
+        commands.check(step)
+
+
 def _load_each(where):
     """What a load of each of CASES as the newest step ends with."""
     step, found = where / folder.step_name(2), []
