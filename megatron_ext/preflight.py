@@ -134,6 +134,8 @@ def _elsewhere(cfg: RunConfig) -> list[Path]:
 
 def _memory(cfg: RunConfig) -> str:
     """The estimate of the fullest rank. Raises ConfigError where it is above --device-memory-gb."""
+    if cfg.action != "dry-run" and cfg.parallel.device_memory_gb is None:
+        return "memory: not asked for"
     if not padded_vocab_size(cfg):
         return "memory: unknown until the vocabulary's size is (--vocab-size)"
     top, room = worst(all_stages(cfg)), cfg.parallel.device_memory_gb
