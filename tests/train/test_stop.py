@@ -25,9 +25,9 @@ SETTINGS = SimpleNamespace(
 )
 
 
-def in_child(action, *sent, environ=()):
-    """(exit code, seconds, stderr) of a fork that runs `action(stop)` and is sent signals; a number
-    among `sent` is a pause in seconds.
+def in_child(action, *sent, begin=lambda stop: None, environ=()):
+    """(exit code, seconds, stderr) of a fork that runs `begin(stop)`, then `action(stop)`, and is
+    sent signals when it has begun; a number among `sent` is a pause in seconds.
     """
     (ready, is_ready), (read, write) = os.pipe(), os.pipe()
     pid = os.fork()
@@ -37,6 +37,7 @@ def in_child(action, *sent, environ=()):
         os.environ.pop(ATTEMPT, None)
         os.environ.update(environ)
         with StopRequest(SETTINGS) as stop:
+            begin(stop)
             os.write(is_ready, b"x")
             action(stop)
         os._exit(0)
@@ -50,9 +51,13 @@ def in_child(action, *sent, environ=()):
         return os.waitstatus_to_exitcode(status), time.monotonic() - start, errors.read()
 
 
+def trains(stop):
+    """It is in its seventh step."""
+    stop.trains(lambda: "step 7")
+
+
 def in_c(stop):
     """No byte code runs on the main thread for a minute."""
-    stop.starts("building the model")
     libc = ctypes.CDLL(None)
     for _ in range(60):  # a signal ends a sleep of C early
         libc.sleep(1)
@@ -64,7 +69,9 @@ def test_a_start_that_takes_long_is_left(name, tmp_path, monkeypatch):
     monkeypatch.setattr(signals, "START_DEADLINE_S", 0.4)
     path = tmp_path / "exit_reason.json"
     sent, environ = signal.Signals[name], {EXIT_REASON: str(path), "RANK": "0"}
-    code, seconds, errors = in_child(in_c, sent, environ=environ)
+    code, seconds, errors = in_child(
+        in_c, sent, begin=lambda stop: stop.starts("building the model"), environ=environ
+    )
     assert code == 75 and 0.4 <= seconds < 10
     first, fatal = errors.splitlines()
     assert first.startswith(f"{name}: nothing to save yet (building the model), leaving")
@@ -78,11 +85,10 @@ def test_training_has_no_deadline(monkeypatch):
     monkeypatch.setattr(signals, "START_DEADLINE_S", 0.1)
 
     def train(stop):
-        stop.trains(lambda: "step 7")
         time.sleep(0.7)
         assert stop() == (True, False)
 
-    code, _, errors = in_child(train, signal.SIGTERM, 0.1, signal.SIGTERM)
+    code, _, errors = in_child(train, signal.SIGTERM, 0.1, signal.SIGTERM, begin=trains)
     assert code == 0, errors
     assert errors.splitlines()[0].startswith("SIGTERM: saving after this step (now step 7)")
 
@@ -91,10 +97,11 @@ def test_a_second_press_stops_now_also_inside_c(monkeypatch):
     monkeypatch.setattr(signals, "SAME_PRESS_S", 0.2)
 
     def train(stop):
-        stop.trains(lambda: "step 7")
-        in_c(SimpleNamespace(starts=lambda doing: None))
+        in_c(stop)
 
-    code, seconds, errors = in_child(train, signal.SIGINT, 0.05, signal.SIGINT, 0.4, signal.SIGINT)
+    code, seconds, errors = in_child(
+        train, signal.SIGINT, 0.05, signal.SIGINT, 0.4, signal.SIGINT, begin=trains
+    )
     assert code == 130 and seconds < 10
     first, last = errors.splitlines()
     assert "Ctrl-C again to stop now" in first and "stopped now, in step 7" in last
@@ -102,10 +109,9 @@ def test_a_second_press_stops_now_also_inside_c(monkeypatch):
 
 def test_the_ranks_of_a_launcher_leave_the_talking_to_it():
     def train(stop):
-        stop.trains(lambda: "step 7")
         time.sleep(0.3)
 
-    assert in_child(train, signal.SIGINT, environ={ATTEMPT: "0"})[2] == ""
+    assert in_child(train, signal.SIGINT, begin=trains, environ={ATTEMPT: "0"})[2] == ""
 
 
 @pytest.mark.parametrize("leave", [lambda stop: None, lambda stop: stop.preempted("x", 1)])
